@@ -1,0 +1,1 @@
+"""What is said: messages, wire frames, versions, errors."""
