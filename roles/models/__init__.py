@@ -1,0 +1,28 @@
+"""Language models behind one seam. Light to import: torch and transformers come with `load`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rolecall.roles.models.folder import check_model
+
+if TYPE_CHECKING:
+    from rolecall.roles.models.causal import CausalModel
+
+__all__ = ["check_model", "load"]
+
+
+def load(path: str, *, dtype: str = "float32", device: str = "cpu") -> CausalModel:
+    """Load the causal language model in a Hugging Face folder (or of that name on the hub).
+
+    Args:
+        path: folder with config.json and weights, or a hub name such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+        dtype: of the parameters: "float32", "bfloat16", "float16" or "float64".
+        device: where to put them: "cpu", "cuda:0".
+
+    Raises:
+        ModelError: the folder or name, its weights or its architecture can't be used; says what to do.
+    """
+    from rolecall.roles.models.causal import load_causal
+
+    return load_causal(path, dtype=dtype, device=device)

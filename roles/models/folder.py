@@ -1,0 +1,63 @@
+"""Whether a model folder has what it must have, told without importing torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rolecall.protocols.errors import ModelError
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # nothing that is pickled
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+
+
+def check_model(path: str, *, tokenizer: bool = True) -> None:
+    """Raise ModelError if `path` is a folder that lacks a config, weights or a tokenizer, or is neither folder nor hub name.
+
+    Whether a hub name exists is only found out when it is loaded.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise ModelError(f"The model {path} is a file.", ask="a folder", remedy="give the folder that holds config.json")
+        if not HUB_NAME.fullmatch(path):
+            raise ModelError(
+                f"The model folder {path} is missing.",
+                ask=f"model {path!r}",
+                have=_siblings(folder),
+                remedy="give an existing Hugging Face folder, or a hub name of the form owner/name",
+            )
+        return
+    have = ", ".join(sorted(entry.name for entry in folder.iterdir())[:20]) or "an empty folder"
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"The model folder {path} has no config.json.", have=have, remedy="give the folder that save_pretrained wrote")
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ModelError(
+            f"The model folder {path} has no weights.",
+            ask=" or ".join(WEIGHTS),
+            have=have,
+            remedy="finish the download, or save the model into it with save_pretrained (pickled .bin files are not read)",
+        )
+    if tokenizer:
+        check_tokenizer(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ModelError if a folder holds no tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        have = ", ".join(sorted(entry.name for entry in folder.iterdir())[:20]) or "an empty folder"
+        raise ModelError(
+            f"The model folder {folder} has no tokenizer.",
+            ask=TOKENIZERS[0],
+            have=have,
+            remedy="copy tokenizer.json and tokenizer_config.json of the same model into it",
+        )
+
+
+def _siblings(folder: Path) -> str:
+    """What stands where the folder was looked for."""
+    parent = folder.parent
+    if not parent.is_dir():
+        return f"no folder {parent} either"
+    return f"in {parent}: " + (", ".join(sorted(entry.name for entry in parent.iterdir())[:10]) or "nothing")
