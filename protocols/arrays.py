@@ -1,4 +1,4 @@
-"""Array fields of messages: the declared dtype and shape letters of each, and the check that they agree.
+"""Array fields of messages: the declared dtype and shape letters of each, and where its bytes lie in a frame.
 
 A field is annotated with a `Spec`: `tokens: Annotated[np.ndarray, Spec("int32", "T")]`. A letter stands for one size
 within a message, so `logprobs: Spec("float32", "T")` must have as many entries as `tokens`; `"N+1"` is one more than N.
@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 
 
-class Blob(msgspec.Struct, frozen=True, array_like=True):
+class Blob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where an array lies in a frame."""
 
-    dtype: str  # numpy name, little-endian
+    dtype: str  # numpy name; the bytes are little-endian
     shape: tuple[int, ...]
     buffer: int  # number of the buffer in the frame
 
@@ -27,7 +27,7 @@ class Spec:
     """Declared dtype and shape of a field.
 
     Args:
-        dtype: numpy dtype name, or "" for a tuple of which only the length is declared.
+        dtype: numpy dtype name, or "" for a tuple (or a dict of tuples) of which only the length is declared.
         shape: sizes divided by blanks; a letter, a letter plus one ("N+1"), or a number.
         rule: "finite" (no NaN, no infinity), "offsets" (starts at 0, never falls), "" (none).
     """

@@ -102,13 +102,13 @@ class CallError(RolecallError, RuntimeError):
     remote: str
 
 
-class RoleFailed(CallError):
+class RoleFailed(CallError):  # noqa: N818
     """The role's own code raised."""
 
 
-class MemberLost(CallError, ConnectionError):
+class MemberLost(CallError, ConnectionError):  # noqa: N818
     """The member's process or node is gone."""
 
 
-class DeadlineExceeded(CallError, TimeoutError):
+class DeadlineExceeded(CallError, TimeoutError):  # noqa: N818
     """The member did not answer in time."""

@@ -1,0 +1,92 @@
+"""Does a message make sense? First what its Specs say of dtypes, sizes and rules, then what the message itself knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rolecall.protocols.arrays import Spec
+from rolecall.protocols.base import Message
+from rolecall.protocols.errors import MessageError
+from rolecall.protocols.schema import Declared, declared
+
+Array = np.ndarray
+
+
+def check(message: Message) -> None:
+    """Verify a message whose fields have their declared Python types (as decoding makes sure of).
+
+    Raises:
+        MessageError: names the message, the field (`field`) and what is wrong.
+    """
+    name = type(message).__name__
+    sizes: dict[str, tuple[int, str]] = {}  # letter → (size, field that said so)
+    for field in declared(type(message)):
+        value = getattr(message, field.name)
+        if value is not None or not field.optional:
+            _field(name, field, value, sizes)
+    for where, fault in message.faults():
+        raise wrong(name, where, fault)
+
+
+def wrong(message: str, field: str, fault: str) -> MessageError:
+    """The error for a field; its text begins with message and field."""
+    return MessageError(f"{message}.{field} {fault}.", kind=message, field=field)
+
+
+def _field(message: str, field: Declared, value: Any, sizes: dict[str, tuple[int, str]]) -> None:
+    if field.form == "array":
+        _array(message, field, value)
+        shape = value.shape
+        _sizes(message, field.name, field.spec, shape, sizes)
+        _rule(message, field, value)
+    elif field.form == "tuple":
+        _sizes(message, field.name, field.spec, (len(value),), sizes)
+    else:
+        for name, column in value.items():
+            _sizes(message, f"{field.name}[{name!r}]", field.spec, (len(column),), sizes)
+
+
+def _array(message: str, field: Declared, value: Any) -> None:
+    if not isinstance(value, np.ndarray):
+        raise wrong(message, field.name, f"is a {type(value).__name__}, must be a numpy array")
+    wanted = _DTYPES.get(field.spec.dtype) or np.dtype(field.spec.dtype)
+    if value.dtype != wanted and value.dtype.newbyteorder("=") != wanted:
+        raise wrong(message, field.name, f"is {value.dtype}, must be {wanted}: convert it where you know that nothing is lost")
+
+
+def _sizes(message: str, name: str, spec: Spec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+    """Unify the sizes of a field with those of the fields before it."""
+    letters = spec.shape.split()
+    if len(letters) != len(shape):
+        raise wrong(message, name, f"has {len(shape)} dimensions, must have {len(letters)} ({spec.shape})")
+    for letter, size in zip(letters, shape, strict=True):
+        if letter.isdigit():
+            known, source = int(letter), "its Spec"
+        else:
+            letter, more = letter.removesuffix("+1"), letter.endswith("+1")
+            known, source = sizes.setdefault(letter, (size - more, name))
+            known += more
+        if size != known or known < 0:
+            raise wrong(message, name, f"has {size} entries, but {source} says that there are {known} ({spec.shape})")
+
+
+def _rule(message: str, field: Declared, value: Array) -> None:
+    if field.spec.rule == "finite" and not finite(value):
+        raise wrong(message, field.name, f"has {int((~np.isfinite(value)).sum())} entries that are not finite")
+    if field.spec.rule == "offsets" and (len(value) == 0 or value[0] != 0 or np.any(value[1:] < value[:-1])):
+        raise wrong(message, field.name, "are no offsets: they must start at 0 and never fall")
+
+
+def finite(values: Array) -> bool:
+    """Whether there is no NaN and no infinity.
+
+    A sum of squares is finite only if all its terms are, and is quicker to have than `isfinite` of each; it may
+    overflow on large but finite values, and only then is each looked at.
+    """
+    flat = values.reshape(-1)
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
+
+
+_DTYPES = {name: np.dtype(name) for name in ("int32", "int64", "float32", "uint8")}  # np.dtype(str) is slow
