@@ -148,7 +148,7 @@ def load_causal(path: str, *, dtype: str = "float32", device: str = "cpu") -> Ca
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     local = Path(path).expanduser()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,96 @@
+"""Checkpoints of a policy: a Hugging Face model folder with the optimiser's state beside the model.
+
+```
+config.json, model.safetensors, tokenizer.json, …   plain transformers loads the folder as it is
+optimiser.safetensors                               moments of the gradient, master weights
+policy.json                                         version, updates applied
+digests.json                                        sha256 of every other file
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from rolecall.protocols.errors import ModelError
+from rolecall.roles.folders import new_folder
+from rolecall.roles.models import load
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rolecall.roles.policy.training import Training
+
+OPTIMISER, FACTS, DIGESTS = "optimiser.safetensors", "policy.json", "digests.json"
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a checkpoint says besides tensors."""
+
+    version: int  # of the weights
+    steps: int  # updates applied by this optimiser
+    dtype: str  # of the parameters
+
+
+def write(folder: str | Path, training: Training, facts: Facts) -> None:
+    """Write a new checkpoint folder, whole or not at all. Raises ModelError if the folder exists already."""
+    with new_folder(folder, ModelError) as aside:
+        training.model.write(aside, training.tokenizer)
+        save_file(training.optimiser.tensors(), aside / OPTIMISER)
+        (aside / FACTS).write_bytes(msgspec.json.encode(facts))
+        digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
+        (aside / DIGESTS).write_bytes(msgspec.json.format(msgspec.json.encode(digests)))
+
+
+def read(folder: str | Path, device: str) -> tuple[Facts, dict[str, Tensor]]:
+    """The facts and the optimiser's state of a checkpoint, after every file in it has been verified.
+
+    Raises:
+        ModelError: it is no checkpoint of ours, or a file in it is missing or has changed.
+    """
+    path = Path(folder)
+    try:
+        digests = msgspec.json.decode((path / DIGESTS).read_bytes(), type=dict[str, str])
+        for name, digest in digests.items():
+            if Path(name).name != name or not (path / name).is_file():
+                raise ModelError(f"The checkpoint {path} lacks {name}.", remedy="restore from another checkpoint")
+            if _digest(path / name) != digest:
+                raise ModelError(f"{path / name} has changed since it was saved.", remedy="restore from another checkpoint")
+        if not {OPTIMISER, FACTS} <= digests.keys():
+            raise ModelError(f"The checkpoint {path} has no state of the optimiser.", remedy="restore from a folder that policy.save wrote")
+        facts = msgspec.json.decode((path / FACTS).read_bytes(), type=Facts)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is no checkpoint: {error}", have=_listing(path), remedy="give a folder that policy.save wrote") from error
+    return facts, load_file(path / OPTIMISER, device=device)
+
+
+def restore(folder: str | Path, training: Training, dtype: str) -> Facts:
+    """Give a model and its optimiser the state of a checkpoint.
+
+    Raises:
+        ModelError: as `read`, or the checkpoint is of another dtype or model; nothing has changed then.
+    """
+    model = training.model
+    facts, state = read(folder, str(model.device))
+    if facts.dtype != dtype:
+        raise ModelError(f"The checkpoint {folder} is in {facts.dtype}.", ask=dtype, remedy=f"set dtype={facts.dtype!r}")
+    saved = load(str(folder), dtype=dtype, device=str(model.device)).named_tensors()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_tensors().items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in saved.items()}:
+        raise ModelError(f"The checkpoint {folder} is of another model.", remedy="start the policy with the model it was saved from")
+    training.optimiser.restore(state, facts.steps)
+    model.load_tensors(saved)
+    training.gradients.clear()
+    return facts
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listing(path: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in path.iterdir())[:20]) or "an empty folder" if path.is_dir() else "no such folder"

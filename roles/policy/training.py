@@ -1,0 +1,131 @@
+"""What a policy does in its member's process: forward, backward, gradients, update. Needs torch.
+
+R rows, C slots, K trained tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rolecall.kernels.losses import Tokens
+from rolecall.protocols.errors import UserError
+from rolecall.protocols.messages import PackedBatch
+from rolecall.roles.models.causal import CausalModel
+from rolecall.roles.packed import on_device, packed_logprobs, passes
+from rolecall.roles.policy.distributed import Meeting
+from rolecall.roles.policy.gradients import Gradients
+from rolecall.roles.policy.optimiser import Optimiser
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Loss = Callable[[Tokens], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Sums:
+    """Sums of what a pass measures, kept on the device until they are asked for: reading a number there stops the GPU."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count the values [K] under `name`."""
+        total = values.detach().double().sum()
+        self.totals[name] = self.totals[name] + total if name in self.totals else total
+
+
+class Training:
+    """A model, its gradients and its optimiser."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        tokenizer: PreTrainedTokenizerBase,
+        meeting: Meeting,
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        named = {name: parameter for name, parameter in model.net.named_parameters() if parameter.requires_grad}
+        self.model = model
+        self.tokenizer = tokenizer
+        self.meeting = meeting
+        self.gradients = Gradients(list(named.values()))
+        self.optimiser = Optimiser(named, self.gradients.views, betas=betas, weight_decay=weight_decay)
+
+    def accumulate(self, batch: PackedBatch, loss: Loss, rows_per_pass: int) -> dict[str, tuple[float, float]]:
+        """Add the gradient of sum(loss x weights) over the batch's trained tokens.
+
+        Returns:
+            Measures, as (sum, weight) that add up over calls and members: `loss` is the weighted mean, the loss's own
+            measures and `logprob_gap` (|logprob - old|) are means over tokens, `tokens` are the trained ones.
+
+        Raises:
+            UserError: the loss does not return a loss for each token. After any error the gradients are 0.
+        """
+        started = time.perf_counter()
+        sums, slots = Sums(), 0
+        try:
+            for part in passes(batch, rows_per_pass):
+                self._one_pass(part, loss, sums)
+                slots += int((part.segments >= 0).sum())
+        except BaseException:
+            self.gradients.clear()
+            raise
+        count = float(len(batch.targets))
+        if not count:
+            return {}
+        found = {name: (float(total), count) for name, total in sums.totals.items()}
+        found["loss"] = (found["loss"][0], float(batch.weights.astype("float64").sum()))
+        took = time.perf_counter() - started
+        return found | {"tokens": (count, 1.0), "tokens_per_s": (float(slots), took)}
+
+    def _one_pass(self, part: PackedBatch, loss: Loss, sums: Sums) -> None:
+        logprobs, entropy = packed_logprobs(self.model, part)
+
+        def put(values: object) -> Tensor:
+            return on_device(values, logprobs.device).to(logprobs.dtype)  # type: ignore[arg-type]
+
+        tokens = Tokens(
+            logprobs=logprobs,
+            old=put(part.old),
+            advantages=put(part.advantages),
+            weights=put(part.weights),
+            samples=on_device(part.samples, logprobs.device),
+            reference=None if part.reference is None else put(part.reference),
+            entropy=entropy,
+        )
+        each, measures = loss(tokens)
+        wrong = [name for name, values in {"loss": each, **measures}.items() if values.shape != logprobs.shape]
+        if wrong:
+            raise UserError(
+                f"The loss function gives {wrong[0]!r} in another shape than one value a token.",
+                ask=f"shape {tuple(logprobs.shape)}",
+                remedy="return (loss [K], measures {name: [K]}) and let the weights make the mean",
+            )
+        weighted = each * tokens.weights
+        weighted.sum().backward()
+        sums.add("loss", weighted)
+        sums.add("logprob_gap", (logprobs.detach() - tokens.old).abs())
+        for name, values in measures.items():
+            sums.add(name, values)
+
+    def update(self, learning_rate: float, clip: float) -> tuple[float, bool]:
+        """Add the gradients up over the members, clip them, step, and start anew from 0.
+
+        Returns:
+            The gradient's norm before clipping, and whether the step was taken: not if the norm is not finite; the weights
+            are then as they were, in all members.
+        """
+        self.gradients.add_up(self.meeting)
+        norm = self.gradients.clip(clip)
+        sound = math.isfinite(norm)
+        if sound:
+            self.optimiser.step(learning_rate)
+        self.gradients.clear()
+        return norm, sound
