@@ -1,0 +1,214 @@
+"""Pools made real: the plan is proved on the live cluster, then each pool gets its Ray placement group."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rolecall.placement.cluster import Connection, answers, connect, unhurried
+from rolecall.placement.nodes import ACCELERATOR_LABEL, Node, live
+from rolecall.placement.planner import Plan, fit
+from rolecall.placement.pools import STEP, Pool, base_of, bundle_of, bundles, check_pools
+from rolecall.protocols.errors import DeadlineExceeded
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+    from rolecall.placement.memory import Estimate
+
+SLICE = 0.5  # seconds between two looks at whether the cluster is still there
+NODE_LABEL = "ray.io/node-id"
+
+
+@dataclass(frozen=True)
+class PlacedPool:
+    """A pool with its place on the cluster: what actors are created with.
+
+    Args:
+        pool: what was asked.
+        group: the placement group, or that of the pool whose bundles it shares.
+        indices: of each member, the number of its bundle in `group`.
+        nodes: of each member, the id of its node.
+        hosts: of each member, the address of its node.
+        connection: the cluster it is on.
+        threads: CPU threads of each member: its own share's, or those of the pool it shares when it asks for no CPU itself.
+        tenants: what to call before the groups are removed, newest first; `spawn` adds the closing of its group.
+    """
+
+    pool: Pool
+    group: PlacementGroup
+    indices: tuple[int, ...]
+    nodes: tuple[str, ...]
+    hosts: tuple[str, ...]
+    connection: Connection = field(repr=False)
+    threads: int = 1
+    tenants: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the pool."""
+        return self.pool.name
+
+    @property
+    def members(self) -> int:
+        """Number of processes."""
+        return self.pool.members
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of each member."""
+        return self.pool.gpus
+
+    def bundle(self, rank: int) -> tuple[PlacementGroup, int]:
+        """The placement group and the number of the bundle that member `rank` runs in."""
+        return self.group, self.indices[rank]
+
+    def node(self, rank: int) -> str:
+        """Id of the node that member `rank` runs on, by the plan."""
+        return self.nodes[rank]
+
+    def options(self, rank: int) -> dict[str, Any]:
+        """Ray actor options that put member `rank` into its bundle: `Actor.options(**placed.options(rank)).remote()`."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self.group, self.indices[rank], placement_group_capture_child_tasks=False)
+        options: dict[str, Any] = {"scheduling_strategy": strategy, "num_cpus": self.pool.cpus, "num_gpus": self.pool.gpus}
+        if self.pool.resources:
+            options["resources"] = dict(self.pool.resources)
+        if self.pool.memory_gb:
+            options["memory"] = round(self.pool.memory_gb * 1e9)
+        return options
+
+
+@contextlib.contextmanager
+def place(
+    pools: Sequence[Pool], *, address: str | None = None, deadline: float = 60.0, memory: Mapping[str, Estimate] | None = None
+) -> Iterator[dict[str, PlacedPool]]:
+    """The pools' placement groups for the time of the block: proved, made, and removed at the end however it ends.
+
+    Args:
+        pools: what the roles need; checked before Ray is even imported.
+        address: as for `connect`: None starts a local Ray of its own, "host:port" or "auto" joins one.
+        deadline: seconds in which all groups must be ready.
+        memory: as for `fit`.
+
+    Raises:
+        ConfigError: the pools make no sense. PlanError: they don't fit what is free now; nothing was made.
+        DeadlineExceeded: a group was not ready in time. MemberLost: the cluster went away meanwhile.
+    """
+    check_pools(pools)
+    with connect(address) as connection:
+        plan = fit(pools, live(), memory=memory)
+        made: dict[str, PlacementGroup] = {}
+        try:
+            _make(plan, made)
+            _wait(made, connection, deadline)
+            placed = _placed(plan, made, connection)
+            try:
+                yield placed
+            finally:
+                with unhurried():
+                    _dismiss(placed, connection)
+        finally:
+            with unhurried():
+                _remove(made, connection)
+
+
+def _make(plan: Plan, made: dict[str, PlacementGroup]) -> None:
+    """Ask Ray for the groups, in the plan's order, each bundle on the plan's node.
+
+    Ray would choose nodes greedily, group by group, and could so take what a later pool needs; with a node for each bundle it can't.
+    A node that dies takes its bundles with it; the run is then placed anew.
+    """
+    from ray.util.placement_group import placement_group
+
+    asked = bundles(plan.pools)
+    nodes = {node.name: node for node in plan.nodes}
+    strategies = {pool.name: pool.strategy for pool in plan.pools}
+    for name in plan.order:
+        content = [{resource: _amount(resource, steps) for resource, steps in bundle.items()} for bundle in asked[name]]
+        selectors = [_selector(nodes[node]) for node in plan.bundles[name]]
+        made[name] = placement_group(content, strategy=strategies[name], bundle_label_selector=selectors)
+
+
+def _amount(resource: str, steps: int) -> float:
+    return float(steps) if resource == "memory" else steps / STEP
+
+
+def _selector(node: Node) -> dict[str, str]:
+    labels = {NODE_LABEL: node.name}
+    if ACCELERATOR_LABEL in node.labels:
+        labels[ACCELERATOR_LABEL] = node.labels[ACCELERATOR_LABEL]
+    return labels
+
+
+def _wait(made: Mapping[str, PlacementGroup], connection: Connection, deadline: float) -> None:
+    import ray
+
+    end = time.monotonic() + deadline
+    waiting = {group.ready(): name for name, group in made.items()}
+    while waiting:
+        left = end - time.monotonic()
+        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=max(0.0, min(SLICE, left)))
+        for reference in ready:
+            del waiting[reference]
+        if waiting and left <= 0:
+            raise _late(made, sorted(waiting.values()), connection, deadline)
+        if waiting:
+            connection.check(f"the placement of pool {', '.join(map(repr, waiting.values()))}")
+
+
+def _late(made: Mapping[str, PlacementGroup], names: list[str], connection: Connection, deadline: float) -> DeadlineExceeded:
+    from ray.util.placement_group import placement_group_table
+
+    lines = []
+    for name in names:
+        table = placement_group_table(made[name])
+        lines.append(f"pool {name!r} waits for {table['bundles']} (Ray says {table['stats']['scheduling_state']})")
+    return DeadlineExceeded(
+        f"Not all pools were ready within {deadline:g} s on the Ray cluster at {connection.address}: {'; '.join(lines)}. "
+        "They did fit when the plan was made, so something else took the place. "
+        "Do: see `ray status`, end what holds the resources, or give a longer deadline.",
+        role=", ".join(names),
+        rank=-1,
+        node=connection.address,
+        verb="place",
+        remote="",
+    )
+
+
+def _placed(plan: Plan, made: Mapping[str, PlacementGroup], connection: Connection) -> dict[str, PlacedPool]:
+    by_name = {pool.name: pool for pool in plan.pools}
+    hosts = {node.name: node.address for node in plan.nodes}
+    placed = {}
+    for pool in plan.pools:
+        base = base_of(pool, by_name).name
+        indices = tuple(bundle_of(pool, rank, by_name) for rank in range(pool.members))
+        nodes = tuple(plan.bundles[base][index] for index in indices)
+        paying = pool if pool.cpus or not pool.shares else by_name[base]
+        placed[pool.name] = PlacedPool(pool, made[base], indices, nodes, tuple(hosts[node] for node in nodes), connection, paying.threads)
+    return placed
+
+
+def _dismiss(placed: Mapping[str, PlacedPool], connection: Connection) -> None:
+    """Let whoever lives in the pools leave in order, while there is a cluster to tell."""
+    if answers(connection.address):
+        with contextlib.ExitStack() as stack:
+            for pool in placed.values():
+                for tenant in pool.tenants:
+                    stack.callback(tenant)
+
+
+def _remove(made: Mapping[str, PlacementGroup], connection: Connection) -> None:
+    """Give the groups back, and wait until Ray has; a cluster that is gone has none."""
+    from ray.util.placement_group import placement_group_table, remove_placement_group
+
+    if not made or not answers(connection.address):
+        return
+    for group in made.values():
+        remove_placement_group(group)
+    end = time.monotonic() + 5.0
+    while time.monotonic() < end and any(placement_group_table(group).get("state") != "REMOVED" for group in made.values()):
+        time.sleep(0.02)
