@@ -1,0 +1,107 @@
+"""Problems: records with an identity, each distinct text once, divided into training and held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rolecall.protocols.errors import DataError
+from rolecall.roles.plain import as_plain
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One prompt and what the dataset says of it."""
+
+    id: str  # hash of its words: 24 hexadecimal digits, the same in every run (.1, .2, … at repetitions)
+    text: str  # what the user says
+    messages: tuple[dict[str, str], ...]
+    columns: dict[str, Any]
+    place: str  # where it was read, for errors
+
+
+@dataclass(frozen=True)
+class Split:
+    """All problems of a source, training and held out, no text in both."""
+
+    training: list[Problem]
+    held_out: list[Problem]
+    columns: tuple[str, ...]  # names of all columns
+    repeated: int  # records whose text had come before
+
+
+def split(records: Iterable[tuple[str, dict[str, Any]]], held_out: int, *, repeats: bool) -> Split:
+    """Divide records by text.
+
+    Held out are the texts with the smallest hashes: whatever the seed, and mostly the same ones after records are added.
+
+    Args:
+        records: places and records, as a Source lists them.
+        held_out: how many distinct problems to hold out.
+        repeats: keep training problems as often as they are listed.
+
+    Raises:
+        DataError: there are no records, or too few distinct ones.
+    """
+    problems = [_problem(place, dict(record)) for place, record in records]
+    if not problems:
+        raise DataError("The dataset is empty.", have="no record", remedy="give a source with at least one prompt")
+    distinct = {problem.id: problem for problem in reversed(problems)}  # the first of equal ones stays
+    if len(distinct) <= held_out:
+        raise DataError(
+            f"The source has only {len(distinct)} distinct problems ({len(problems)} records).",
+            ask=f"held_out={held_out} and some to train on",
+            remedy="hold fewer out, or give the source more problems",
+        )
+    aside = sorted(distinct)[:held_out]
+    hidden = set(aside)
+    times: Counter[str] = Counter()
+    training = []
+    for problem in problems:
+        if problem.id not in hidden and (repeats or problem.id not in times):
+            again = times[problem.id]  # a prompt's samples are seeded by its id: repetitions must differ
+            training.append(replace(problem, id=f"{problem.id}.{again}") if again else problem)
+        times[problem.id] += 1
+    names = sorted({name for problem in distinct.values() for name in problem.columns})
+    return Split(training, [distinct[name] for name in aside], tuple(names), len(problems) - len(distinct))
+
+
+def _problem(place: str, record: dict[str, Any]) -> Problem:
+    prompt = record.pop("prompt")
+    messages = _messages(place, prompt)
+    words = "\x00".join(f"{message['role']}\x01{' '.join(message['content'].split())}" for message in messages)
+    try:
+        columns = as_plain(record)
+    except TypeError as error:
+        raise DataError(
+            f"{place}: a column holds what is no plain data: {error}.", remedy="keep to numbers, texts, lists, objects"
+        ) from error
+    text = "\n".join(message["content"] for message in messages if message["role"] == "user")
+    return Problem(hashlib.sha256(words.encode(errors="surrogatepass")).hexdigest()[:24], text, messages, columns, place)
+
+
+def _messages(place: str, prompt: Any) -> tuple[dict[str, str], ...]:
+    """A prompt as messages that end with the user's.
+
+    Raises:
+        DataError: it is neither a text nor such messages.
+    """
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    good = isinstance(prompt, list | tuple) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str) for each in prompt
+    )
+    if not good:
+        raise DataError(
+            f"{place}: the prompt is neither a text nor a list of messages.",
+            have=repr(prompt)[:80],
+            remedy='write "…" or [{"role": "user", "content": "…"}]',
+        )
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise DataError(f"{place}: the prompt does not end with something to answer.", remedy="end it with a message of the user")
+    if not any(each["content"].strip() for each in prompt):
+        raise DataError(f"{place}: the prompt is empty.", remedy="take the record out, or give it a prompt")
+    return tuple({"role": each["role"], "content": each["content"]} for each in prompt)
