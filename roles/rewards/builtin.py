@@ -9,7 +9,9 @@ from typing import Any
 from rolecall.protocols.errors import RewardError
 
 # a minus is a sign only where no number, word or bracket stands before it: "5-9" holds 5 and 9, "= -4" holds -4
-_NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+])?(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?|(?<![\w.])\.\d+")
+_SIGN = r"(?:(?<![\w.)\]])[-−+])?"
+_WHOLE = r"(?:(?<!\d)(?<!\d,)\d{1,3}(?:,\d{3})++(?!,?\d)|\d++)"  # possessive: linear in the text, whatever a model writes
+_NUMBER = re.compile(rf"{_SIGN}(?:{_WHOLE}(?:\.\d++)?|(?<![\w.])\.\d++)(?:[eE][-+]?\d{{1,3}}(?!\w))?")
 
 
 def last_number(prompt: str, completion: str, answer: str | float, **_: Any) -> float:

@@ -151,6 +151,10 @@ class Reward(Role):
 def _components(function: Function | Sequence[Component] | Mapping[str, Component]) -> tuple[tuple[Scorer, ...], tuple[float, ...]]:
     """The functions by name, and their weights."""
     named: list[tuple[str, Component]]
+    if isinstance(function, str):  # a sequence too
+        raise RewardError(
+            "A reward must be a function; this is a text.", ask=repr(function), remedy="import the function and give it itself"
+        )
     if isinstance(function, Mapping):
         named = list(function.items())
     elif isinstance(function, Sequence):
