@@ -31,6 +31,7 @@ M = TypeVar("M", bound=Message)
 
 MAGIC = b"\x93RCL\r\n\x1a\n"  # not text, and damaged by whatever takes it for text
 ALIGNMENT = 64
+QUOTED = 300  # characters of foreign text that an error repeats
 _PREAMBLE = struct.Struct("<8sQIIQ")  # magic, fingerprint, protocol, buffers, bytes of the header
 _CHECKSUM = struct.Struct("<Q")
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in (
@@ -87,7 +88,7 @@ def encode(message: Message) -> Frame:
     try:
         header = msgspec.msgpack.encode(message, enc_hook=hook)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
-        raise MessageError(f"{name} can't be encoded: {error}", kind=name) from error
+        raise MessageError(f"{name} can't be encoded: {str(error)[:QUOTED]}", kind=name) from error
     _typed(header, type(message), _placeholder)
     check(message)
     buffers = [_bytes_of(array) for array in arrays]
@@ -218,7 +219,7 @@ def _typed(header: bytes | memoryview, kind: type[Message], arrays: Callable[[ty
     try:
         return msgspec.msgpack.decode(header, type=kind, dec_hook=arrays)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:  # msgspec's own errors are ValueErrors
-        raise MessageError(f"{kind.__name__} can't be read: {error}", kind=kind.__name__) from error
+        raise MessageError(f"{kind.__name__} can't be read: {str(error)[:QUOTED]}", kind=kind.__name__) from error
 
 
 def _settled(message: Message) -> Message:
@@ -288,7 +289,7 @@ class _Tag(msgspec.Struct):
 def _mismatch(print_: int, protocol: int, header: memoryview, kind: type[Message] | None) -> SchemaError:
     """Name both sides of a disagreement."""
     try:
-        theirs = msgspec.msgpack.decode(header, type=_Tag).type
+        theirs = msgspec.msgpack.decode(header, type=_Tag).type[:QUOTED]
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise FrameError("The frame holds no message: its header can't be read.") from error
     ours = kind or named(theirs)

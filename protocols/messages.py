@@ -31,9 +31,7 @@ class Prompts(Divisible, frozen=True, kw_only=True, eq=False):
     tokens: Int32T
     cu_seqlens: Offsets
     texts: Annotated[tuple[str, ...], Spec("", "N")]  # the user's words, before templating
-    columns: Annotated[dict[str, tuple[Any, ...]], Spec("", "N")] = msgspec.field(
-        default_factory=dict
-    )  # what the dataset says of each prompt (answer, metadata)
+    columns: Annotated[dict[str, tuple[Any, ...]], Spec("", "N")] = msgspec.field(default_factory=dict)  # answer, metadata
     epoch: int = 0
     tokenizer: str = ""  # identity hash; roles compare it before the first step
 
