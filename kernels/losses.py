@@ -73,7 +73,7 @@ def clipped_surrogate(
         decides = (tokens.advantages < 0) & (loss > ceiling)
         measures["dual_fraction"] = decides.to(loss.dtype)
         loss = ceiling.where(decides, loss)
-    return _regularised(loss, measures, tokens, kl, entropy)
+    return regularised(loss, measures, tokens, kl, entropy)
 
 
 def policy_gradient(tokens: Tokens, *, kl: float = 0.0, entropy: float = 0.0) -> tuple[Tensor, Measures]:
@@ -84,12 +84,12 @@ def policy_gradient(tokens: Tokens, *, kl: float = 0.0, entropy: float = 0.0) ->
     """
     loss = -tokens.advantages * tokens.logprobs
     log_ratio = (tokens.logprobs.detach() - tokens.old).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
-    return _regularised(loss, {"ratio": log_ratio.exp(), "approx_kl": -log_ratio}, tokens, kl, entropy)
+    return regularised(loss, {"ratio": log_ratio.exp(), "approx_kl": -log_ratio}, tokens, kl, entropy)
 
 
 def nll(tokens: Tokens) -> tuple[Tensor, Measures]:
     """Negative log-likelihood: -logprob. For SFT and rejection sampling, where the weights choose the samples."""
-    return _regularised(-tokens.logprobs, {}, tokens, 0.0, 0.0)
+    return regularised(-tokens.logprobs, {}, tokens, 0.0, 0.0)
 
 
 def kl_to_reference(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -102,8 +102,11 @@ def kl_to_reference(logprobs: Tensor, reference: Tensor) -> Tensor:
     return (distance.exp() - distance - 1).clamp(-KL_LIMIT, KL_LIMIT)
 
 
-def _regularised(loss: Tensor, measures: Measures, tokens: Tokens, kl: float, entropy: float) -> tuple[Tensor, Measures]:
-    """Add the KL and take the entropy bonus off; measure both wherever they are known."""
+def regularised(loss: Tensor, measures: Measures, tokens: Tokens, kl: float, entropy: float) -> tuple[Tensor, Measures]:
+    """Add the KL to a loss and take the entropy bonus off; measure both wherever they are known.
+
+    For losses of your own too. Arguments and errors as in `clipped_surrogate`; `measures` is added to and returned.
+    """
     if kl and tokens.reference is None:
         raise ValueError(
             f"A KL needs something to differ from. Asked: kl={kl}. There is: no reference logprobs in the batch. "
