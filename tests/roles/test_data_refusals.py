@@ -1,0 +1,103 @@
+"""Data: everything that can't be used is refused with its place and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rolecall.protocols import DataError, ModelError
+from rolecall.roles.base import Member
+from rolecall.roles.data import Data, ReasoningGym, Records
+from tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer."""
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def refused(source, model: str, message: str, error: type[Exception] = DataError, **settings) -> None:
+    """Setting up must fail with this message."""
+    role = Data(source, **{"model": model, "held_out": 0, **settings})
+    with pytest.raises(error, match=message):
+        role.setup(Member(role="data"))
+    role.close()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "The dataset is empty.*at least one prompt"),
+        ("\n \n", "The dataset is empty"),
+        ('{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl:2: this is no JSON"),
+        ('{"prompt": "a"}\n\n["b"]\n', r"bad\.jsonl:3: a record must be an object.*There is: list"),
+        ('{"prompt": "a"}\n{"question": "b", "answer": 1}\n', r"bad\.jsonl:2: the record has no field 'prompt'.*question, answer"),
+        ('{"prompt": 7}\n', r"bad\.jsonl:1: the prompt is neither a text nor a list of messages.*There is: 7"),
+        ('{"prompt": [{"role": "user"}]}\n', r"bad\.jsonl:1: the prompt is neither"),
+        ('{"prompt": []}\n', r"bad\.jsonl:1: the prompt does not end with something to answer"),
+        ('{"prompt": [{"role": "assistant", "content": "hi"}]}\n', r"bad\.jsonl:1: the prompt does not end"),
+        ('{"prompt": "  "}\n', r"bad\.jsonl:1: the prompt is empty"),
+        (b'{"prompt": "\xff"}\n', r"bad\.jsonl:1: this is no JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, model: str, lines: str | bytes, message: str):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+    refused(str(file), model, message)
+
+
+def test_a_missing_file(tmp_path: Path, model: str):
+    refused(tmp_path / "none.jsonl", model, r"none\.jsonl can't be read: No such file")
+    refused(tmp_path, model, "can't be read: Is a directory")
+
+
+def test_bad_records(model: str):
+    refused([], model, "The dataset is empty")
+    refused([{"prompt": "a"}, {"prompt": "b", "x": object()}], model, r"record 1: a column holds what is no plain data.*object")
+    refused(7, model, "Data can't be read from this.*int '7'")
+    refused(Records([{"question": "b"}], prompt="text"), model, "record 0: the record has no field 'text'")
+
+
+def test_bad_tasks(model: str):
+    refused(ReasoningGym("chain_sums"), model, "has no task 'chain_sums'.*write 'chain_sum'")
+    refused(ReasoningGym("chain_sum", {"max_term": 2}), model, "no setting 'max_term'.*write 'max_terms'")
+    refused(ReasoningGym("chain_sum", {"min_terms": 9}), model, "refuses its settings: max_terms must be >= min_terms")
+    refused(ReasoningGym("chain_sum", size=0), model, "at least one problem")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"held_out": -1}, "held_out can't be negative"),
+        ({"ahead": -1}, "ahead can't be negative"),
+        ({"max_prompt_tokens": -1}, "max_prompt_tokens can't be negative"),
+        ({"too_long": "cut"}, "'cut'.*'refuse' and 'drop'"),
+        ({"deadline": 0.0}, "positive number of seconds"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_without_reading_anything(settings: dict, message: str):
+    with pytest.raises(DataError, match=message):
+        Data([{"prompt": "a"}], **{"model": "/nowhere", **settings}).check()
+
+
+def test_a_model_without_a_chat_template_or_tokenizer(tmp_path: Path):
+    refused([{"prompt": "a"}], tiny_tokenizer(tmp_path / "base", template=None), "no chat template", ModelError)
+    refused([{"prompt": "a"}], str(tmp_path / "nowhere"), "missing", ModelError)
+
+
+def test_messages_that_the_template_refuses(tmp_path: Path):
+    strict = tiny_tokenizer(tmp_path / "strict", template="{{ raise_exception('only one turn') }}")
+    role = Data([{"prompt": "a"}], model=strict, held_out=0)
+    role.setup(Member(role="data"))
+    with pytest.raises(DataError, match=r"record 0: the model's chat template refuses the prompt: only one turn.*messages of user"):
+        role.prompts(1)
+    role.close()
+
+
+def test_at_least_one_prompt_is_asked_for(model: str):
+    role = Data([{"prompt": "a"}], model=model, held_out=0)
+    role.setup(Member(role="data"))
+    with pytest.raises(DataError, match="At least one prompt"):
+        role.prompts(0)
+    role.close()
