@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SLICE = 0.5  # seconds between two looks at whether the cluster is still there
 NODE_LABEL = "ray.io/node-id"
+TRACE = 0.001  # of a GPU
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,10 @@ class PlacedPool:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         strategy = PlacementGroupSchedulingStrategy(self.group, self.indices[rank], placement_group_capture_child_tasks=False)
-        options: dict[str, Any] = {"scheduling_strategy": strategy, "num_cpus": self.pool.cpus, "num_gpus": self.pool.gpus}
-        if self.pool.resources:
-            options["resources"] = dict(self.pool.resources)
-        if self.pool.memory_gb:
-            options["memory"] = round(self.pool.memory_gb * 1e9)
-        return options
+        # The bundle is what is reserved; its tenants take next to nothing of it, so that several roles can live in one pool.
+        # A trace of a GPU is enough for Ray to hand out the bundle's device. Whole GPUs can't be divided so.
+        gpus = self.pool.gpus if self.pool.gpus > 1 else min(self.pool.gpus, TRACE)
+        return {"scheduling_strategy": strategy, "num_cpus": 0, "num_gpus": gpus}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from rolecall.placement.memory import Estimate
 from rolecall.placement.nodes import Node
 from rolecall.placement.pools import STEP, Pool, base_of, bundle_of, bundles, check_pools
 from rolecall.placement.search import Answer, Counts, Demand, Item, Solution, State, solve
+from rolecall.protocols.errors import ConfigError
 
 UNKNOWN = 1 << 62  # memory of a node that nobody told
 
@@ -60,6 +61,10 @@ class Setting:
         """Search for a placement of all items."""
         return solve(self.items, self.counts) if steps is None else solve(self.items, self.counts, steps=steps)
 
+    def changed(self, pools: Sequence[Pool]) -> Setting:
+        """The same cluster asked for other pools (of the same resources)."""
+        return replace(self, pools=tuple(pools), items=itemise(pools, self.types, self.resources, self.memory))
+
     def only(self, names: Sequence[str]) -> Setting:
         """The same with these base pools alone."""
         return replace(self, items=tuple(item for item in self.items if item.name in names))
@@ -80,9 +85,14 @@ def fit(pools: Sequence[Pool], nodes: Sequence[Node], *, memory: Mapping[str, Es
             of a bundle together must fit its share of GPU memory and of main memory, on nodes that tell theirs.
 
     Raises:
-        ConfigError: the pools make no sense by themselves.
+        ConfigError: the pools make no sense by themselves, or a role is in none of them.
         PlanError: they don't fit; `reasons` has every reason with ask, have and the smallest change that would fit.
     """
+    for role, estimate in (memory or {}).items():
+        if (estimate.pool or role) not in [pool.name for pool in pools]:
+            names = ", ".join(repr(pool.name) for pool in pools)
+            remedy = "set `pool` of its estimate to one of them"
+            raise ConfigError(f"Role {role!r} is in no pool.", ask=repr(estimate.pool or role), have=names, remedy=remedy)
     setting = prepare(check_pools(pools), tuple(nodes), memory or {})
     answer = setting.solve()
     if answer.solution is None:
@@ -94,7 +104,7 @@ def fit(pools: Sequence[Pool], nodes: Sequence[Node], *, memory: Mapping[str, Es
 
 def prepare(pools: tuple[Pool, ...], nodes: tuple[Node, ...], memory: Mapping[str, Estimate]) -> Setting:
     """Count equal nodes together and turn pools into items."""
-    asked = bundles(pools)
+    asked = demands(pools, memory)
     names = sorted({name for pool in asked.values() for bundle in pool for name in bundle} - {"GPU"})
     types: list[Node] = []
     known: dict[tuple[object, ...], int] = {}
@@ -108,14 +118,28 @@ def prepare(pools: tuple[Pool, ...], nodes: tuple[Node, ...], memory: Mapping[st
             types.append(node)
         devices, part = divmod(has["GPU"], STEP)
         members.setdefault(State(known[key], plain, devices, (part,) if part else ()), []).append(number)
+    items = itemise(pools, tuple(types), tuple(names), memory)
+    return Setting(pools, nodes, tuple(names), tuple(types), members, items, memory)
+
+
+def itemise(pools: Sequence[Pool], types: Sequence[Node], names: Sequence[str], memory: Mapping[str, Estimate]) -> tuple[Item, ...]:
+    """The base pools in the search's terms. `names` are the plain resources."""
     by_name = {pool.name: pool for pool in pools}
     items = []
-    for name, entries in asked.items():
-        demands = Counter(Demand(tuple(bundle.get(resource, 0) for resource in names), bundle.get("GPU", 0)) for bundle in entries)
+    for name, entries in demands(pools, memory).items():
+        same = {id(bundle): bundle for bundle in entries}
+        sizes: Counter[Demand] = Counter()
+        for number, count in Counter(map(id, entries)).items():
+            sizes[demand_of(same[number], names)] += count
         kinds = frozenset(kind for kind, node in enumerate(types) if allowed(by_name[name], node) and roomy(name, node, pools, memory))
-        largest = tuple(sorted(demands.items(), key=lambda pair: (pair[0].gpu, pair[0].plain), reverse=True))
+        largest = tuple(sorted(sizes.items(), key=lambda pair: (pair[0].gpu, pair[0].plain), reverse=True))
         items.append(Item(name, largest, by_name[name].strategy, kinds))
-    return Setting(pools, nodes, tuple(names), tuple(types), members, tuple(items), memory)
+    return tuple(items)
+
+
+def demand_of(bundle: Mapping[str, int], names: Sequence[str]) -> Demand:
+    """A bundle in the search's terms."""
+    return Demand(tuple([bundle.get(name, 0) for name in names]), bundle.get("GPU", 0))
 
 
 def allowed(pool: Pool, node: Node) -> bool:
@@ -123,30 +147,41 @@ def allowed(pool: Pool, node: Node) -> bool:
     return not pool.accelerator or node.accelerator == pool.accelerator
 
 
-def needs(base: str, pools: Sequence[Pool], memory: Mapping[str, Estimate]) -> tuple[float, float, float, float]:
-    """Of the fullest bundle of a base pool: GB of device memory its roles hold, its GPUs, GB of main memory, GB asked of main memory."""
+def needs(base: str, bundle: int, pools: Sequence[Pool], memory: Mapping[str, Estimate]) -> tuple[float, float, float]:
+    """What the roles in a bundle of a base pool need: GB of device memory, the GPUs it lies in, GB of main memory."""
     by_name = {pool.name: pool for pool in pools}
-    device = gpus = host = asked = 0.0
+    device = gpus = host = 0.0
     for pool in pools:
         if base_of(pool, by_name).name == base:
-            copies = Counter(bundle_of(pool, rank, by_name) for rank in range(pool.members))[0]
+            copies = sum(bundle_of(pool, rank, by_name) == bundle for rank in range(pool.members))
             here = [estimate for role, estimate in memory.items() if (estimate.pool or role) == pool.name]
             device += copies * sum(estimate.device_gb for estimate in here)
             host += copies * sum(estimate.host_gb for estimate in here)
             gpus += copies * pool.gpus
-            asked += copies * pool.memory_gb
-    return device, gpus, host, asked
+    return device, gpus, host
 
 
 def roomy(base: str, node: Node, pools: Sequence[Pool], memory: Mapping[str, Estimate]) -> bool:
-    """Whether the memory of the roles in a bundle fits its share of this node."""
-    if not memory:
+    """Whether the device memory of the roles in the fullest bundle, the first, fits its share of this node's GPUs."""
+    if not memory or not node.gpu_memory_gb:
         return True
-    device, gpus, host, _ = needs(base, pools, memory)
-    if gpus and node.gpu_memory_gb and device > gpus * node.gpu_memory_gb:
-        return False
-    main = host if gpus else host + device
-    return not node.memory_gb or main <= node.memory_gb
+    device, gpus, _ = needs(base, 0, pools, memory)
+    return not gpus or device <= gpus * node.gpu_memory_gb
+
+
+def demands(pools: Sequence[Pool], memory: Mapping[str, Estimate]) -> dict[str, list[dict[str, int]]]:
+    """As `bundles`, with main memory raised to what the roles are estimated to need."""
+    asked = bundles(pools)
+    shared = {pool.shares for pool in pools}
+    for name, entries in asked.items() if memory else ():
+        for number, bundle in enumerate(entries):
+            if number and name not in shared:  # all are as the first
+                entries[number] = entries[0]
+                continue
+            device, gpus, host = needs(name, number, pools, memory)
+            main = round((host if gpus else host + device) * 1e9)
+            entries[number] = {**bundle, "memory": max(main, bundle.get("memory", 0))} if main else bundle
+    return asked
 
 
 def _plan(setting: Setting, solution: Solution) -> Plan:
@@ -164,14 +199,13 @@ def _plan(setting: Setting, solution: Solution) -> Plan:
             number = where[move.before].pop()
             got.setdefault((move.item, move.demand), []).extend([number] * move.each)
             (aside if move.aside else where).setdefault(move.after, []).append(number)
-    asked = bundles(setting.pools)
+    asked = demands(setting.pools, setting.memory)
     placed = {}
     for index, item in enumerate(setting.items):
         queues = {demand: iter(got[index, demand]) for demand, _ in item.bundles}
         nodes = []
         for bundle in asked[item.name]:
-            demand = Demand(tuple(bundle.get(resource, 0) for resource in setting.resources), bundle.get("GPU", 0))
-            nodes.append(setting.nodes[next(queues[demand])].name)
+            nodes.append(setting.nodes[next(queues[demand_of(bundle, setting.resources)])].name)
         placed[item.name] = tuple(nodes)
     order = tuple(setting.items[index].name for index in solution.order)
     return Plan(setting.pools, setting.nodes, placed, _left(setting, asked, placed), order, dict(setting.memory))

@@ -199,13 +199,13 @@ def bundle_of(pool: Pool, rank: int, by_name: Mapping[str, Pool]) -> int:
 
 
 def bundles(pools: Sequence[Pool]) -> dict[str, list[dict[str, int]]]:
-    """What each bundle of each base pool holds (steps, as `Pool.demand`), sharers included."""
+    """What each bundle of each base pool holds (steps, as `Pool.demand`), sharers included; equal ones may be one object."""
     by_name = {pool.name: pool for pool in pools}
-    result: dict[str, list[dict[str, int]]] = {pool.name: [{} for _ in range(pool.members)] for pool in pools if not pool.shares}
+    result: dict[str, list[dict[str, int]]] = {pool.name: [pool.demand()] * pool.members for pool in pools if not pool.shares}
     for pool in pools:
-        demand, into = pool.demand(), result[base_of(pool, by_name).name]
-        for rank in range(pool.members):
-            bundle = into[bundle_of(pool, rank, by_name)]
-            for name, amount in demand.items():
-                bundle[name] = bundle.get(name, 0) + amount
+        if pool.shares:
+            demand, into = pool.demand(), result[base_of(pool, by_name).name]
+            for rank in range(pool.members):
+                index = bundle_of(pool, rank, by_name)
+                into[index] = {name: into[index].get(name, 0) + demand.get(name, 0) for name in {**into[index], **demand}}
     return result

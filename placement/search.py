@@ -165,15 +165,19 @@ class Problem:
         return plain + self.gpu_weight * free_gpu(state)
 
     def possible(self) -> bool:
-        """False where an item by itself, or the sum of all, is more than there is."""
+        """False where an item by itself, or all that are bound to some types of node, ask more than there is."""
         if any(room(self.counts, item, item.count) < item.count for item in self.items if len(item.bundles) == 1):
             return False
-        for index in range(len(self.weights)):
-            asked = sum(demand.plain[index] * count for item in self.items for demand, count in item.bundles)
-            if asked > sum(state.plain[index] * nodes for state, nodes in self.counts.items()):
+        for kinds in {item.kinds for item in self.items} | {frozenset(kind for item in self.items for kind in item.kinds)}:
+            states = [(state, nodes) for state, nodes in self.counts.items() if state.kind in kinds]
+            asked = [pair for item in self.items if item.kinds <= kinds for pair in item.bundles]
+            for index in range(len(self.weights)):
+                has = sum(state.plain[index] * nodes for state, nodes in states)
+                if sum(demand.plain[index] * count for demand, count in asked) > has:
+                    return False
+            if sum(demand.gpu * count for demand, count in asked) > sum(free_gpu(state) * nodes for state, nodes in states):
                 return False
-        gpus = sum(demand.gpu * count for item in self.items for demand, count in item.bundles)
-        return gpus <= sum(free_gpu(state) * nodes for state, nodes in self.counts.items())
+        return True
 
     def orders(self) -> Iterator[tuple[int, ...]]:
         """Orders of the items worth trying: hardest to please first, most GPUs first, as given, and back to front."""
