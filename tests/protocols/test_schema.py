@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import mail
 import msgspec
 import numpy as np
 import pytest
+import xxhash
 from rolecall.protocols import (
     Divisible,
     Frame,
@@ -101,7 +103,7 @@ def test_the_error_names_both_sides(batch: Samples) -> None:
     for word in ("Table", f"{fingerprint(theirs):016x}", f"{fingerprint(ours):016x}", "same version", "protocol 1"):
         assert word in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    with pytest.raises(SchemaError, match="holds Samples .* has Scores .* A Scores is expected here"):
+    with pytest.raises(SchemaError, match=r"holds Samples .* has Scores .* A Scores is expected here"):
         decode(encode(batch), Scores)
 
 
@@ -109,14 +111,10 @@ def test_an_unknown_message_is_named() -> None:
     frame = encode(table()(cells=np.zeros(0, np.int32), title=""))
     head = bytearray(frame.header)
     renamed = bytes(head).replace(b"\xa5Table", b"\xa5Tabel")
-    import struct
-
-    import xxhash
-
     body = b"".join(bytes(buffer) for buffer in frame.buffers)
     unknown = renamed[:8] + struct.pack("<Q", 12345) + renamed[16:-8]
     sealed = Frame(unknown + struct.pack("<Q", xxhash.xxh3_64_intdigest(unknown + body)), frame.buffers)
-    with pytest.raises(SchemaError, match="holds Tabel 0000000000003039 .* knows no message of that name"):
+    with pytest.raises(SchemaError, match=r"holds Tabel 0000000000003039 .* knows no message of that name"):
         decode(sealed)
 
 
