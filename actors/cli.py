@@ -1,0 +1,51 @@
+"""The command line: `rolecall plan`, `rolecall model`. A run is started by its own script: `python -m rolecall.examples.grpo`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cyclopts import App
+from rolecall.protocols.errors import RolecallError
+
+app = App(name="rolecall", help="A Ray-native actor system for LLM post-training.")
+
+
+@app.command
+def plan(config: Path, *, cluster: Path | None = None, address: str | None = None) -> int:
+    """Show where the pools of a configuration would go, or every reason why they don't fit.
+
+    Args:
+        config: TOML file with `[[pools]]` tables, as a run reads it.
+        cluster: TOML file with `[[node]]` tables; without it the live cluster is asked.
+        address: of the live cluster; without it a local Ray on this machine.
+    """
+    from rolecall.placement.command import plan as show
+
+    return show(config, cluster, address)
+
+
+@app.command
+def model(folder: Path | None = None) -> int:
+    """Fetch SmolLM2-135M-Instruct, the demo's model, as a Hugging Face folder.
+
+    Args:
+        folder: where to put it; without it `.cache/models/SmolLM2-135M-Instruct`.
+    """
+    from rolecall.roles.models.fetch import FOLDER, fetch
+
+    fetch(folder or FOLDER)
+    return 0
+
+
+def main() -> None:
+    """Run the command; a mistake is printed without a traceback and gives exit code 2."""
+    try:
+        sys.exit(app())
+    except RolecallError as error:
+        print(f"rolecall: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
