@@ -29,7 +29,7 @@ def packed_mask(segments: Tensor, parents: Tensor) -> Tensor:
     if segments.numel() and int(segments.max()) >= len(parents):
         raise ValueError(
             f"A segment is unknown. Asked: segment {int(segments.max())}. There is: parents of {len(parents)}. "
-            "Do: give the parents of the whole batch, whichever rows the pass takes."
+            "Do: give the parents of all segments of these rows."
         )
     segments = segments.long()
     above = torch.cat([parents.long().to(segments.device), segments.new_full((1,), -1)])  # entry -1: above none is none

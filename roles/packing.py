@@ -14,9 +14,12 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from rolecall.kernels.packing import pack_rows
+from rolecall.kernels.aggregation import token_mean
+from rolecall.kernels.packing import balance, pack_rows
 from rolecall.protocols.errors import DataError, MessageError
 from rolecall.protocols.messages import Logprobs, PackedBatch, Samples
+
+__all__ = ["balance", "pack_samples", "scatter", "take_rows", "token_mean"]  # two from the kernels: the shell may not import those itself
 
 Int64 = npt.NDArray[np.int64]
 ROUND = 16  # slots; `take_rows` cuts rows to a multiple of it
@@ -122,18 +125,29 @@ def scatter(packed: PackedBatch, values: npt.ArrayLike, samples: Samples) -> npt
 def take_rows(packed: PackedBatch, start: int, stop: int) -> PackedBatch:
     """Rows start .. stop-1 as a batch of its own, cut to the slots in use (a multiple of 16): what one pass computes.
 
-    Segments keep their numbers, and `parents` is that of the whole batch. Row r of the whole batch is row r - start.
+    Its rows and segments are numbered from 0; trained tokens keep their order and their sample numbers.
     """
     capacity = packed.capacity
     rows = slice(start * capacity, stop * capacity)
-    used = np.flatnonzero((packed.segments[rows].reshape(-1, capacity) >= 0).any(axis=0))
-    width = min(capacity, -(-(int(used[-1]) + 1) // ROUND) * ROUND) if len(used) else capacity
     low, high = np.searchsorted(packed.sources // capacity, [start, stop])
     row, slot = np.divmod(packed.sources[low:high] - rows.start, capacity)
-    cut = {name: getattr(packed, name)[rows].reshape(-1, capacity)[:, :width].ravel() for name in ("tokens", "positions", "segments")}
+    grid = packed.segments[rows].reshape(-1, capacity)
+    used = np.flatnonzero((grid >= 0).any(axis=0))
+    width = min(capacity, -(-(int(used[-1]) + 1) // ROUND) * ROUND) if len(used) else capacity
+    first, last = (int(grid[grid >= 0].min()), int(grid.max()) + 1) if len(used) else (0, 0)  # they are numbered as they lie
+    parents = packed.parents[first:last]
     flat = {name: getattr(packed, name)[low:high] for name in ("targets", "weights", "samples", "old", "advantages")}
-    reference = None if packed.reference is None else packed.reference[low:high]
-    return msgspec.structs.replace(packed, capacity=width, sources=row * width + slot, reference=reference, **cut, **flat)
+    return msgspec.structs.replace(
+        packed,
+        capacity=width,
+        tokens=packed.tokens[rows].reshape(-1, capacity)[:, :width].ravel(),
+        positions=packed.positions[rows].reshape(-1, capacity)[:, :width].ravel(),
+        segments=np.where(grid >= 0, grid - first, -1)[:, :width].ravel(),
+        parents=np.where(parents >= 0, parents - first, -1),
+        sources=row * width + slot,
+        reference=None if packed.reference is None else packed.reference[low:high],
+        **flat,
+    )
 
 
 def _lay_out(

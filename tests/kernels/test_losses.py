@@ -110,7 +110,9 @@ def test_gradients_are_those_of_finite_differences(loss):
 
 def test_policy_gradient_is_the_surrogate_at_ratio_one():
     tokens = make_tokens([30], [1 / 30], spread=0.0)
-    slopes = [torch.autograd.grad((loss(tokens)[0] * tokens.weights).sum(), tokens.logprobs)[0] for loss in (clipped_surrogate, policy_gradient)]
+    slopes = [
+        torch.autograd.grad((loss(tokens)[0] * tokens.weights).sum(), tokens.logprobs)[0] for loss in (clipped_surrogate, policy_gradient)
+    ]
     torch.testing.assert_close(*slopes, rtol=EXACT, atol=EXACT)
 
 
@@ -144,7 +146,7 @@ def test_refusals_say_what_to_do():
     tokens = make_tokens([3], [1.0])
     with pytest.raises(ValueError, match=r"kl=0.1.*reference=reference.split.logprobs\(samples\), or set kl=0"):
         clipped_surrogate(tokens._replace(reference=None), kl=0.1)
-    with pytest.raises(ValueError, match="Tokens.entropy"):
+    with pytest.raises(ValueError, match=r"Tokens\.entropy"):
         policy_gradient(tokens._replace(entropy=None), entropy=0.1)
     for bad in ({"low": -0.1}, {"high": -1.0}, {"dual": 0.5}, {"dual": 1.0}):
         with pytest.raises(ValueError, match=r"dual > 1 \(3 is usual\)"):
