@@ -51,6 +51,9 @@ class Role:
     version: int = 0  # of the weights in use; 0 where there are none
     name: str = ""  # word for this role in logs and metrics; "" means the class name in lower case
 
+    def check(self) -> None:
+        """Refuse settings that can't work, at the controller and before anything starts. Must be quick and light."""
+
     def setup(self, member: Member) -> None:
         """Take `member`'s place in the group. Subclasses call this first, then load what they need."""
         self.member = member

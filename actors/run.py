@@ -1,0 +1,141 @@
+"""A run: one folder with the resolved configuration, metrics, samples, logs and checkpoints, and the loop's bookkeeping."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import msgspec
+
+from rolecall.actors.config import dump
+from rolecall.actors.evaluation import Evaluation, table_of
+from rolecall.actors.group import Group
+from rolecall.actors.pending import TRAFFIC, Pending
+from rolecall.actors.progress import Progress
+from rolecall.actors.spawn import spawn
+from rolecall.protocols import ConfigError, Prompts, Samples, Scores
+from rolecall.roles.base import Role
+
+if TYPE_CHECKING:
+    from rolecall.placement import PlacedPool
+
+
+class RunArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """What every run has; a controller's `Args` subclass it."""
+
+    name: Annotated[str, msgspec.Meta(description="of the run and its folder; made from script and time without it")] = ""
+    runs: Annotated[str, msgspec.Meta(description="folder that run folders are made in")] = "runs"
+    seed: Annotated[int, msgspec.Meta(description="of data order, sampling and initialisation")] = 0
+    samples_every: Annotated[int, msgspec.Meta(ge=0, description="steps between saved samples; 0 saves none")] = 10
+
+
+class Run:
+    """Use as a context: `with Run(args) as run`. Making it makes the folder, which must not be there yet.
+
+    Attributes:
+        folder: of the run, absolute.
+
+    Raises:
+        ConfigError: the folder exists.
+    """
+
+    def __init__(self, args: RunArgs) -> None:
+        name = args.name or f"{type(args).__module__.rpartition('.')[2].strip('_')}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.args, self.name = args, name
+        self.folder = (Path(args.runs) / name).absolute()
+        try:
+            self.folder.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(
+                f"run folder {self.folder} exists.",
+                ask=f"a new run {name!r}",
+                have="a folder of that name, which is left as it is",
+                remedy="give another --name, or move the folder away",
+            ) from None
+        (self.folder / "config.toml").write_text(dump(args))
+        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        self._groups: list[Group] = []
+        self._step_started = self._started = time.monotonic()
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        self._metrics.close()
+
+    def spawn(self, role: Role, *, on: PlacedPool, **options: Any) -> Group:
+        """`spawn` with this run's folder and seed."""
+        group = spawn(role, on=on, folder=self.folder, seed=self.args.seed, **options)
+        self._groups.append(group)
+        return group
+
+    def steps(self, data: Group, count: int, *, prompts: int) -> Iterator[tuple[int, Pending[Prompts]]]:
+        """Steps 1 to `count`, each with its prompts, which the data members prepare one step ahead."""
+        self._progress = Progress(self.name, count)
+        ahead = data.any.prompts(prompts)
+        for step in range(1, count + 1):
+            self._step_started = time.monotonic()
+            for group in self._groups:
+                group.step = step
+            current = ahead
+            if step < count:
+                ahead = data.any.prompts(prompts)
+            yield step, current
+        self._progress.close()
+
+    def log(self, step: int, *, samples: Pending[Samples] | None = None, scores: Scores | None = None, **extra: float) -> dict[str, float]:
+        """End a step: wait for all open calls, write one line of metrics, show it, now and then save the samples."""
+        line: dict[str, float] = {"step": step, **extra}
+        for group in self._groups:
+            line.update(group.drain())
+        line["time/step_s"] = time.monotonic() - self._step_started
+        line["time/run_s"] = time.monotonic() - self._started
+        line["controller/fetched_bytes"], line["controller/forwarded_bytes"] = TRAFFIC.fetched, TRAFFIC.forwarded
+        self._metrics.write(json.dumps({name: round(value, 8) if isinstance(value, float) else value for name, value in line.items()}) + "\n")
+        every = self.args.samples_every
+        if samples is not None and every and (step % every == 0 or step == 1):
+            table_of(samples.result(), scores).save(self.folder / "samples" / f"step-{step:06d}.parquet")
+        if self._progress is not None:
+            self._progress.show(line)
+        return line
+
+    def evaluate(self, word: str, rollout: Group, reward: Group, prompts: Pending[Prompts], **sampling: Any) -> Evaluation:
+        """Score completions of held-out prompts; greedy unless `sampling` says otherwise. Saved under `word`."""
+        samples = rollout.split.generate(prompts, **{"temperature": 0.0, **sampling})
+        scores = reward.split.score(samples).result()
+        for group in (rollout, reward):
+            group.drain()  # what an evaluation measures is not part of a step
+        evaluation = table_of(samples.result(), scores)
+        evaluation.save(self.folder / "samples" / f"{word}.parquet")
+        self._metrics.write(json.dumps({"evaluation": word, "accuracy": evaluation.mean, "count": len(evaluation.values)}) + "\n")
+        print(f"{word}: {evaluation.mean:.3f} on {len(evaluation.values)} held-out prompts", flush=True)
+        return evaluation
+
+    def explain(self, *, prompts: int, per_prompt: int, policy: Group, updates: int = 1) -> None:
+        """Print the batch arithmetic in words."""
+        total = prompts * per_prompt
+        share = -(-total // policy.world)
+        print(
+            f"{prompts} prompts × {per_prompt} completions = {total} samples a step, {policy.world} policy member{'s' * (policy.world > 1)}, "
+            f"about {share} each, {updates} update{'s' * (updates > 1)} a step\nrun folder: {self.folder}",
+            flush=True,
+        )
+
+    def report(self, before: Evaluation, after: Evaluation, checkpoint: str) -> None:
+        """Print what was learned: accuracy before and after, sample completions, where everything is."""
+        if self._progress is not None:
+            self._progress.close()
+        from rolecall.actors.progress import show_report
+
+        show_report(before, after, {"checkpoint": checkpoint, "run folder": str(self.folder)}, time.monotonic() - self._started)
+        (self.folder / "result.json").write_text(
+            json.dumps({"before": before.mean, "after": after.mean, "seconds": round(time.monotonic() - self._started, 1), "count": len(after.values)})
+        )
