@@ -59,6 +59,34 @@ class Frame:
         """Bytes of head and buffers, padding aside."""
         return len(self.header) + sum(buffer.nbytes for buffer in self.buffers)
 
+    @property
+    def contiguous_nbytes(self) -> int:
+        """Bytes that `write_into` and `to_bytes` fill, padding included."""
+        position = len(self.header)
+        for buffer in self.buffers:
+            position += -position % ALIGNMENT + buffer.nbytes
+        return position
+
+    def write_into(self, memory: Any) -> int:
+        """Write the frame in one piece to the front of writable memory (shared memory, say): one copy in all.
+
+        Returns:
+            How many bytes it takes.
+
+        Raises:
+            ValueError: the memory is too small; nothing is written.
+        """
+        target = np.frombuffer(memory, np.uint8)
+        if not target.flags.writeable or target.nbytes < self.contiguous_nbytes:
+            raise ValueError(f"the frame needs {self.contiguous_nbytes} writable bytes, the memory has {target.nbytes}")
+        position = 0
+        for part in (memoryview(self.header), *self.buffers):
+            start = position + -position % ALIGNMENT
+            target[position:start] = 0
+            position = start + part.nbytes
+            target[start:position] = np.frombuffer(part, np.uint8) if part.nbytes else ()
+        return position
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """Buffers go out of band where the pickler allows it (protocol 5), else as bytes."""
         if protocol.__index__() >= 5:
