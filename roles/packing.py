@@ -83,14 +83,15 @@ def pack_samples(
     within = _ranges(lengths)  # number of each trained token within its completion
     sample = np.repeat(order, lengths)
     token = (starts + prompts)[sample] + within
-    slots = np.repeat(segments.slot, segments.length) + _ranges(segments.length)
+    which, inside = np.repeat(np.arange(len(segments.length)), segments.length), _ranges(segments.length)
+    slots = segments.slot[which] + inside
     filled = (int(slots[-1]) // capacity + 1) * capacity if len(slots) else 0
     sources = np.where(within == 0, np.repeat(first_source, lengths), np.repeat(own_slot, lengths) + within - 1)
     return PackedBatch(
         capacity=capacity,
-        tokens=_placed(filled, slots, samples.tokens[np.repeat(segments.source, segments.length) + _ranges(segments.length)], 0),
-        positions=_placed(filled, slots, np.repeat(segments.position, segments.length) + _ranges(segments.length), 0),
-        segments=_placed(filled, slots, np.repeat(np.arange(len(segments.length)), segments.length), -1),
+        tokens=_placed(filled, slots, samples.tokens[segments.source[which] + inside], 0),
+        positions=_placed(filled, slots, segments.position[which] + inside, 0),
+        segments=_placed(filled, slots, which, -1),
         parents=segments.parent.astype(np.int32),
         sources=sources,
         targets=samples.tokens[token].astype(np.int32),
