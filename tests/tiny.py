@@ -1,8 +1,11 @@
-"""A random little Llama and a byte-level tokenizer with a chat template, in a Hugging Face folder: what tests load."""
+"""What tests load and feed: a random little Llama with a byte-level tokenizer in a Hugging Face folder, and random samples."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import numpy as np
+from rolecall.protocols.messages import Samples
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -69,3 +72,37 @@ def tiny_model(
         model = LlamaForCausalLM(config)
     model.save_pretrained(str(folder))
     return tiny_tokenizer(folder)
+
+
+def tiny_samples(
+    prompts: int = 3, per_prompt: int = 4, *, vocab: int = VOCAB, seed: int = 0, longest_prompt: int = 20, longest: int = 9
+) -> Samples:
+    """Random samples of random lengths (1 token at least), as a rollout makes them; logprobs are random numbers below 0."""
+    rng = np.random.default_rng(seed)
+    tokens: list[np.ndarray] = []
+    logprobs: list[np.ndarray] = []
+    prompt_lengths: list[int] = []
+    for _ in range(prompts):
+        prompt = rng.integers(4, vocab, rng.integers(1, longest_prompt + 1))
+        for _ in range(per_prompt):
+            completion = rng.integers(4, vocab, rng.integers(1, longest + 1))
+            tokens.append(np.concatenate([prompt, completion]))
+            logprobs.append(np.concatenate([np.zeros(len(prompt)), -5 * rng.random(len(completion))]))
+            prompt_lengths.append(len(prompt))
+    number = prompts * per_prompt
+    return Samples(
+        keys=np.arange(prompts, dtype=np.int64),
+        ids=tuple(f"id{unit}" for unit in range(prompts)),
+        texts=("",) * prompts,
+        counts=np.full(prompts, per_prompt, dtype=np.int32),
+        tokens=np.concatenate(tokens).astype(np.int32),
+        logprobs=np.concatenate(logprobs).astype(np.float32),
+        cu_seqlens=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        prompt_lengths=np.array(prompt_lengths, dtype=np.int32),
+        siblings=np.tile(np.arange(per_prompt, dtype=np.int32), prompts),
+        finish=np.zeros(number, dtype=np.uint8),
+        completions=("",) * number,
+        span_starts=np.zeros(1, dtype=np.int64),
+        span_versions=np.zeros(1, dtype=np.int64),
+        temperature=1.0,
+    )

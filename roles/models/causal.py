@@ -145,6 +145,7 @@ def load_causal(path: str, *, dtype: str = "float32", device: str = "cpu") -> Ca
     if dtype not in DTYPES:
         raise ModelError(f"There is no dtype {dtype!r}.", have=", ".join(DTYPES), remedy="choose one of these")
     check_model(path, tokenizer=False)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -158,7 +159,7 @@ def load_causal(path: str, *, dtype: str = "float32", device: str = "cpu") -> Ca
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"The model {path} can't be loaded: {reason}",
