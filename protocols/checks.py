@@ -74,7 +74,7 @@ def _sizes(message: str, name: str, spec: Spec, shape: tuple[int, ...], sizes: d
 def _rule(message: str, field: Declared, value: Array) -> None:
     if field.spec.rule == "finite" and not finite(value):
         raise wrong(message, field.name, f"has {int((~np.isfinite(value)).sum())} entries that are not finite")
-    if field.spec.rule == "offsets" and (len(value) == 0 or value[0] != 0 or np.any(value[1:] < value[:-1])):
+    if field.spec.rule == "offsets" and (len(value) == 0 or value[0] != 0 or (value[1:] < value[:-1]).any()):
         raise wrong(message, field.name, "are no offsets: they must start at 0 and never fall")
 
 

@@ -37,6 +37,7 @@ _CHECKSUM = struct.Struct("<Q")
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
 )}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # dtype.name is slow
 
 
 class Frame:
@@ -107,7 +108,7 @@ def encode(message: Message) -> Frame:
     def hook(value: Any) -> Any:
         if id(value) in own:
             arrays.append(value)
-            return Blob(dtype=value.dtype.name, shape=value.shape, buffer=len(arrays) - 1)
+            return Blob(dtype=_NAMES.get(value.dtype) or value.dtype.name, shape=value.shape, buffer=len(arrays) - 1)
         if isinstance(value, np.generic):
             return value.item()
         raise TypeError(f"a {type(value).__name__} can't travel in a column; arrays have fields of their own")

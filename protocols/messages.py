@@ -51,13 +51,13 @@ class Prompts(Divisible, frozen=True, kw_only=True, eq=False):
 
     def take(self, chosen: Sequence[int] | Array) -> Self:
         """These prompts alone."""
-        rows = units.runs(units.chosen(chosen, len(self.keys), "Prompts"))
+        rows = units.ranges(chosen, len(self.keys), "Prompts")
         return msgspec.structs.replace(
             self,
             keys=units.cut(self.keys, rows),
             ids=units.cut_tuple(self.ids, rows),
             tokens=units.cut(self.tokens, units.below(rows, self.cu_seqlens)),
-            cu_seqlens=units.offsets(units.cut(self.lengths, rows)),
+            cu_seqlens=units.cut_offsets(self.cu_seqlens, rows),
             texts=units.cut_tuple(self.texts, rows),
             columns=units.cut_columns(self.columns, rows),
         )
@@ -137,7 +137,7 @@ class Samples(Divisible, frozen=True, kw_only=True, eq=False):
 
     def take(self, chosen: Sequence[int] | Array) -> Self:
         """These prompts with their samples."""
-        rows = units.runs(units.chosen(chosen, len(self.keys), "Samples"))
+        rows = units.ranges(chosen, len(self.keys), "Samples")
         own = units.below(rows, units.offsets(self.counts))
         tokens = units.below(own, self.cu_seqlens)
         starts, versions = units.cut_spans(self.span_starts, self.span_versions, tokens)
@@ -150,7 +150,7 @@ class Samples(Divisible, frozen=True, kw_only=True, eq=False):
             counts=units.cut(self.counts, rows),
             tokens=units.cut(self.tokens, tokens),
             logprobs=units.cut(self.logprobs, tokens),
-            cu_seqlens=units.offsets(units.cut(self.lengths, own)),
+            cu_seqlens=units.cut_offsets(self.cu_seqlens, own),
             prompt_lengths=units.cut(self.prompt_lengths, own),
             siblings=units.cut(self.siblings, own),
             finish=units.cut(self.finish, own),
@@ -238,7 +238,7 @@ class Scores(Divisible, frozen=True, kw_only=True, eq=False):
 
     def take(self, chosen: Sequence[int] | Array) -> Self:
         """The scores of these prompts' samples."""
-        rows = units.runs(units.chosen(chosen, len(self.keys), "Scores"))
+        rows = units.ranges(chosen, len(self.keys), "Scores")
         own = units.below(rows, units.offsets(self.counts))
         status = units.cut(self.status, own)
         before = units.cut(np.arange(len(self.status)), own)
@@ -292,14 +292,14 @@ class Logprobs(Divisible, frozen=True, kw_only=True, eq=False):
 
     def take(self, chosen: Sequence[int] | Array) -> Self:
         """The logprobs of these prompts' samples."""
-        rows = units.runs(units.chosen(chosen, len(self.keys), "Logprobs"))
+        rows = units.ranges(chosen, len(self.keys), "Logprobs")
         own = units.below(rows, units.offsets(self.counts))
         return msgspec.structs.replace(
             self,
             keys=units.cut(self.keys, rows),
             counts=units.cut(self.counts, rows),
             logprobs=units.cut(self.logprobs, units.below(own, self.cu_seqlens)),
-            cu_seqlens=units.offsets(units.cut(self.lengths, own)),
+            cu_seqlens=units.cut_offsets(self.cu_seqlens, own),
         )
 
     @classmethod

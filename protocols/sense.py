@@ -40,13 +40,13 @@ def samples(message: Samples) -> Faults:
     yield from _token_ids("tokens", message.tokens)
     yield from _nats("logprobs", message.logprobs)
     begins = np.cumsum(message.counts) - message.counts
-    if not np.array_equal(message.siblings, np.arange(len(message.siblings)) - np.repeat(begins, message.counts)):
+    if (message.siblings + begins.repeat(message.counts) != np.arange(len(message.siblings))).any():
         yield "siblings", "do not run from 0 to counts - 1 within each prompt"
-    if np.any(message.prompt_lengths < 0) or np.any(message.prompt_lengths > np.diff(message.cu_seqlens)):
+    if message.prompt_lengths.min(initial=0) < 0 or (message.cu_seqlens[:-1] + message.prompt_lengths > message.cu_seqlens[1:]).any():
         yield "prompt_lengths", "are below 0 or longer than the sample"
     yield from _codes("finish", message.finish, message.FINISH)
     yield from _spans(message.span_starts, len(message.tokens))
-    if np.any(message.span_versions < 0):
+    if message.span_versions.min(initial=0) < 0:
         yield "span_versions", "are below 0"
     yield from _temperature(message.temperature)
 
@@ -142,7 +142,7 @@ def _keys(keys: Array) -> Faults:
 
 
 def _counts(counts: Array, count: int) -> Faults:
-    if np.any(counts < 0) or int(counts.sum(dtype=np.int64)) != count:
+    if counts.min(initial=0) < 0 or int(counts.sum(dtype=np.int64)) != count:
         yield "counts", f"are below 0, or add up to {int(counts.sum(dtype=np.int64))} instead of {count}"
 
 
@@ -175,7 +175,7 @@ def _spans(starts: Array, count: int) -> Faults:
     if not count:
         if len(starts):
             yield "span_starts", "are given for no tokens"
-    elif not len(starts) or starts[0] != 0 or starts[-1] >= count or np.any(np.diff(starts) <= 0):
+    elif not len(starts) or starts[0] != 0 or starts[-1] >= count or (starts[1:] <= starts[:-1]).any():
         yield "span_starts", f"do not rise from 0 within the {count} tokens"
 
 

@@ -6,7 +6,7 @@ slice of every array; only where the order changes is something copied, a slice 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from rolecall.protocols.errors import MessageError
 
 Array = np.ndarray
 Value = TypeVar("Value")
+Ranges = list[tuple[int, int]]  # half-open
 
 
 def offsets(lengths: Array) -> Array:
@@ -23,62 +24,70 @@ def offsets(lengths: Array) -> Array:
     return found
 
 
-def chosen(units: Sequence[int] | Array, count: int, message: str) -> Array:
-    """`units` as int64 numbers below `count`; a mask of `count` booleans is taken as well.
+def ranges(units: Sequence[int] | Array, count: int, message: str) -> Ranges:
+    """Numbers of units as half-open ranges of neighbours: [4, 5, 6, 2] → [(4, 7), (2, 3)]; a mask is taken as well.
 
     Raises:
-        MessageError: a number is out of range, or they are no whole numbers.
+        MessageError: a number is not from 0 to `count` - 1, or they are no whole numbers.
     """
     found = np.asarray(units)
     if found.dtype == bool and found.shape == (count,):
-        return np.flatnonzero(found)
+        found = found.nonzero()[0]
     if found.size == 0:
-        return np.zeros(0, np.int64)
+        return [(0, 0)]
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise MessageError(f"{message}.take wants whole numbers of units in one row, not {found.dtype} of shape {found.shape}")
+    found = found.astype(np.int64, copy=False)
+    begin, end = int(found[0]), int(found[-1]) + 1
+    if begin >= 0 and end <= count and end - begin == len(found) and (found[1:] - found[:-1] == 1).all():
+        return [(begin, end)]
     if found.min() < 0 or found.max() >= count:
         raise MessageError(f"{message}.take: units run from 0 to {count - 1}, asked {int(found.min())} to {int(found.max())}")
-    return found.astype(np.int64, copy=False)
-
-
-def runs(units: Array) -> list[tuple[int, int]]:
-    """Neighbouring numbers as half-open ranges: [4, 5, 6, 2] → [(4, 7), (2, 3)]."""
-    if not len(units):
-        return [(0, 0)]
-    breaks = np.flatnonzero(np.diff(units) != 1) + 1
-    first = units[np.concatenate(([0], breaks))]
-    last = units[np.concatenate((breaks - 1, [len(units) - 1]))]
+    breaks = ((found[1:] - found[:-1]) != 1).nonzero()[0]
+    first = found[np.concatenate(([0], breaks + 1))]
+    last = found[np.concatenate((breaks, [len(found) - 1]))]
     return list(zip(first.tolist(), (last + 1).tolist(), strict=True))
 
 
-def below(ranges: Iterable[tuple[int, int]], bounds: Array) -> list[tuple[int, int]]:
+def below(ranges: Ranges, bounds: Array) -> Ranges:
     """Ranges of units as ranges of what the units hold, by their offsets."""
     return [(int(bounds[start]), int(bounds[stop])) for start, stop in ranges]
 
 
-def cut(array: Array, ranges: Sequence[tuple[int, int]]) -> Array:
+def cut_offsets(bounds: Array, ranges: Ranges) -> Array:
+    """Offsets of these ranges of units, counted from their new start."""
+    if len(ranges) == 1:
+        start, stop = ranges[0]
+        found: Array = bounds[start : stop + 1] - bounds[start]
+        return found
+    return offsets(np.concatenate([bounds[start + 1 : stop + 1] - bounds[start:stop] for start, stop in ranges]))
+
+
+def cut(array: Array, ranges: Ranges) -> Array:
     """These ranges of an array end to end; one range is a view, not a copy."""
     if len(ranges) == 1:
         return array[ranges[0][0] : ranges[0][1]]
     return np.concatenate([array[start:stop] for start, stop in ranges])
 
 
-def cut_tuple(values: tuple[Value, ...], ranges: Sequence[tuple[int, int]]) -> tuple[Value, ...]:
+def cut_tuple(values: tuple[Value, ...], ranges: Ranges) -> tuple[Value, ...]:
     """As `cut`, of a tuple."""
+    if len(ranges) == 1:
+        return values[ranges[0][0] : ranges[0][1]]
     return tuple(value for start, stop in ranges for value in values[start:stop])
 
 
-def cut_columns(columns: Mapping[str, tuple[Value, ...]], ranges: Sequence[tuple[int, int]]) -> dict[str, tuple[Value, ...]]:
+def cut_columns(columns: Mapping[str, tuple[Value, ...]], ranges: Ranges) -> dict[str, tuple[Value, ...]]:
     """As `cut`, of each column."""
     return {name: cut_tuple(values, ranges) for name, values in columns.items()}
 
 
-def cut_spans(starts: Array, versions: Array, ranges: Sequence[tuple[int, int]]) -> tuple[Array, Array]:
+def cut_spans(starts: Array, versions: Array, ranges: Ranges) -> tuple[Array, Array]:
     """Version spans of these ranges of tokens end to end, counted from their new start; equal neighbours become one."""
     new_starts, new_versions, position = [], [], 0
     for start, stop in ranges:
         if stop > start:
-            first, last = np.searchsorted(starts, start, "right") - 1, np.searchsorted(starts, stop, "left")
+            first, last = starts.searchsorted(start, "right") - 1, starts.searchsorted(stop, "left")
             new_starts.append(np.maximum(starts[first:last], start) - start + position)
             new_versions.append(versions[first:last])
         position += stop - start
@@ -89,7 +98,9 @@ def merge_spans(starts: Sequence[Array], versions: Sequence[Array]) -> tuple[Arr
     """Spans end to end, a span that goes on with the version before it dropped."""
     if not starts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    all_starts, all_versions = np.concatenate(starts), np.concatenate(versions)
+    all_starts, all_versions = joined(starts), joined(versions)
+    if len(all_starts) == 1:
+        return all_starts, all_versions
     kept = np.ones(len(all_starts), bool)
     kept[1:] = all_versions[1:] != all_versions[:-1]
     return all_starts[kept], all_versions[kept]

@@ -161,3 +161,14 @@ def test_empty_messages_travel() -> None:
     values = Scores(keys=nothing, counts=np.zeros(0, np.int32), values=np.zeros(0, np.float32), status=np.zeros(0, np.uint8))
     for message in (prompts, values):
         assert mail.differences(decode(from_bytes(contiguous(encode(message)))), message) == []
+
+
+def test_a_frame_is_written_into_memory_that_is_there(batch: Samples) -> None:
+    frame = encode(batch)
+    whole = contiguous(frame)
+    memory = bytearray(b"\xff" * (len(whole) + 10))
+    assert frame.write_into(memory) == frame.contiguous_nbytes == len(whole)
+    assert bytes(memory) == whole + b"\xff" * 10
+    for too_little in (bytearray(len(whole) - 1), bytes(len(whole))):
+        with pytest.raises(ValueError, match="writable bytes"):
+            frame.write_into(too_little)
