@@ -194,7 +194,7 @@ class Rollout(Role):
             tokens[start:middle] = prompts.tokens[prompts.cu_seqlens[owner] : prompts.cu_seqlens[owner + 1]]
             tokens[middle:end] = one.tokens
             logprobs[middle:end] = one.logprobs
-        texts = self._tokenizer.batch_decode([one.tokens for one in flat], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts = [self._tokenizer.decode(one.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False) for one in flat]
         return Samples(
             keys=prompts.keys,
             ids=prompts.ids,
@@ -208,8 +208,8 @@ class Rollout(Role):
             siblings=np.concatenate([np.arange(count) for count in [*counts.tolist(), 0]]).astype(np.int32),
             finish=np.array([one.finish for one in flat], dtype=np.uint8),
             completions=tuple(texts),
-            span_starts=np.zeros(1, dtype=np.int64),
-            span_versions=np.array([self.version], dtype=np.int64),
+            span_starts=np.zeros(min(1, len(tokens)), dtype=np.int64),
+            span_versions=np.full(min(1, len(tokens)), self.version, dtype=np.int64),
             temperature=temperature,
         )
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from prompting import prompts_of, random_rows
+from rolecall.protocols import Samples, check, decode, encode
 from rolecall.roles.base import Member
 from rolecall.roles.rollout import Rollout
 from tiny import tiny_model
@@ -107,8 +108,16 @@ def test_the_message_is_laid_out_as_it_says(rollout):
         assert (samples.logprobs[start : start + samples.prompt_lengths[number]] == 0).all()
     assert (samples.span_starts.tolist(), samples.span_versions.tolist()) == ([0], [4])
     assert (samples.tokens.dtype, samples.logprobs.dtype, samples.finish.dtype) == (np.int32, np.float32, np.uint8)
-    empty = rollout.generate(prompts_of([]))
-    assert empty.cu_seqlens.tolist() == [0]
+
+
+@pytest.mark.parametrize("lengths", [(), (3,), (3, 8, 5)])
+def test_the_message_passes_its_checks_and_survives_the_wire(rollout, lengths):
+    samples = rollout.generate(prompts_of(random_rows(lengths)), per_prompt=2)
+    check(samples)
+    back = decode(encode(samples), Samples)
+    assert np.array_equal(back.tokens, samples.tokens)
+    assert back.completions == samples.completions
+    assert len(back.finish) == 2 * len(lengths)
 
 
 def test_siblings_share_one_prefill(rollout):
