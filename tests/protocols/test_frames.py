@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import pickle
 from pathlib import Path
 
@@ -119,6 +120,12 @@ def test_numbers_of_numpy_in_columns_become_plain_numbers(batch: Samples) -> Non
     found = decode(encode(msgspec.structs.replace(batch, columns={"answer": (np.int64(3), np.float32(0.5))})))
     assert found.columns == {"answer": (3, 0.5)}
     assert [type(value) for value in found.columns["answer"]] == [int, float]
+
+
+def test_columns_hold_what_json_says_and_bytes_and_dates(batch: Samples) -> None:
+    date = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
+    found = decode(encode(msgspec.structs.replace(batch, columns={"a": (b"\0\xff", date), "b": ((1, 2), {"x": None})})))
+    assert found.columns == {"a": (b"\0\xff", date), "b": ([1, 2], {"x": None})}  # an inner tuple arrives as a list
 
 
 def test_an_array_used_for_two_fields_arrives_twice(batch: Samples) -> None:
