@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rolecall.protocols.arrays import Spec
 from rolecall.protocols.base import Message
 from rolecall.protocols.errors import MessageError
 from rolecall.protocols.schema import Declared, declared
 
 Array = np.ndarray
+Sizes = dict[str, tuple[int, str]]  # letter → (size, field that said so)
 
 
 def check(message: Message) -> None:
@@ -20,7 +20,7 @@ def check(message: Message) -> None:
         MessageError: names the message, the field (`field`) and what is wrong.
     """
     name = type(message).__name__
-    sizes: dict[str, tuple[int, str]] = {}  # letter → (size, field that said so)
+    sizes: Sizes = {}
     for field in declared(type(message)):
         value = getattr(message, field.name)
         if value is not None or not field.optional:
@@ -34,17 +34,16 @@ def wrong(message: str, field: str, fault: str) -> MessageError:
     return MessageError(f"{message}.{field} {fault}.", kind=message, field=field)
 
 
-def _field(message: str, field: Declared, value: Any, sizes: dict[str, tuple[int, str]]) -> None:
+def _field(message: str, field: Declared, value: Any, sizes: Sizes) -> None:
     if field.form == "array":
         _array(message, field, value)
-        shape = value.shape
-        _sizes(message, field.name, field.spec, shape, sizes)
+        _sizes(message, field.name, field, value.shape, sizes)
         _rule(message, field, value)
     elif field.form == "tuple":
-        _sizes(message, field.name, field.spec, (len(value),), sizes)
+        _sizes(message, field.name, field, (len(value),), sizes)
     else:
         for name, column in value.items():
-            _sizes(message, f"{field.name}[{name!r}]", field.spec, (len(column),), sizes)
+            _sizes(message, f"{field.name}[{name!r}]", field, (len(column),), sizes)
 
 
 def _array(message: str, field: Declared, value: Any) -> None:
@@ -55,20 +54,14 @@ def _array(message: str, field: Declared, value: Any) -> None:
         raise wrong(message, field.name, f"is {value.dtype}, must be {wanted}: convert it where you know that nothing is lost")
 
 
-def _sizes(message: str, name: str, spec: Spec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+def _sizes(message: str, name: str, field: Declared, shape: tuple[int, ...], sizes: Sizes) -> None:
     """Unify the sizes of a field with those of the fields before it."""
-    letters = spec.shape.split()
-    if len(letters) != len(shape):
-        raise wrong(message, name, f"has {len(shape)} dimensions, must have {len(letters)} ({spec.shape})")
-    for letter, size in zip(letters, shape, strict=True):
-        if letter.isdigit():
-            known, source = int(letter), "its Spec"
-        else:
-            letter, more = letter.removesuffix("+1"), letter.endswith("+1")
-            known, source = sizes.setdefault(letter, (size - more, name))
-            known += more
-        if size != known or known < 0:
-            raise wrong(message, name, f"has {size} entries, but {source} says that there are {known} ({spec.shape})")
+    if len(field.letters) != len(shape):
+        raise wrong(message, name, f"has {len(shape)} dimensions, must have {len(field.letters)} ({field.spec.shape})")
+    for (letter, more), size in zip(field.letters, shape, strict=True):
+        known, source = sizes.setdefault(letter, (size - more, name)) if letter else (0, "its Spec")
+        if size != known + more or known < 0:
+            raise wrong(message, name, f"has {size} entries, but {source} says that there are {known + more} ({field.spec.shape})")
 
 
 def _rule(message: str, field: Declared, value: Array) -> None:

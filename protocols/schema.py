@@ -29,6 +29,7 @@ class Declared:
     spec: Spec
     form: str  # "array", "tuple" or "columns" (a dict of tuples)
     optional: bool
+    letters: tuple[tuple[str, int], ...]  # of each dimension: letter and what is added to it; ("", size) for a fixed size
 
 
 @cache
@@ -47,7 +48,10 @@ def declared(kind: type) -> tuple[Declared, ...]:
             raise TypeError(f"{kind.__name__}.{name} is an array without a Spec: annotate it with its dtype and shape letters")
         if spec is not None:
             form = "array" if np.ndarray in bare else "columns" if any(typing.get_origin(item) is dict for item in bare) else "tuple"
-            found.append(Declared(name, spec, form, types.NoneType in bare))
+            letters = tuple(
+                ("", int(word)) if word.isdigit() else (word.removesuffix("+1"), int(word.endswith("+1"))) for word in spec.shape.split()
+            )
+            found.append(Declared(name, spec, form, types.NoneType in bare, letters))
     return tuple(found)
 
 

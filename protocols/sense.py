@@ -39,7 +39,7 @@ def samples(message: Samples) -> Faults:
     yield from _sequences(message.cu_seqlens, len(message.tokens))
     yield from _token_ids("tokens", message.tokens)
     yield from _nats("logprobs", message.logprobs)
-    begins = np.cumsum(message.counts) - message.counts
+    begins = message.counts.cumsum() - message.counts
     if (message.siblings + begins.repeat(message.counts) != np.arange(len(message.siblings))).any():
         yield "siblings", "do not run from 0 to counts - 1 within each prompt"
     if message.prompt_lengths.min(initial=0) < 0 or (message.cu_seqlens[:-1] + message.prompt_lengths > message.cu_seqlens[1:]).any():

@@ -19,9 +19,10 @@ Ranges = list[tuple[int, int]]  # half-open
 
 def offsets(lengths: Array) -> Array:
     """Where each of several runs begins, and where the last one ends: [N] → int64[N+1]."""
-    found = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=found[1:])
-    return found
+    found = np.empty(len(lengths) + 1, np.int64)
+    found[0] = 0
+    found[1:] = lengths
+    return found.cumsum(out=found)  # in place: with a cast on the way it is ten times slower
 
 
 def ranges(units: Sequence[int] | Array, count: int, message: str) -> Ranges:
