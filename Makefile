@@ -21,7 +21,7 @@ model: setup ## the demo's model alone
 	@$(PY) -m rolecall.roles.models.fetch $(MODEL)
 
 demo: setup model ## fetch a model and teach it sums by GRPO
-	@$(PY) -m rolecall.examples.grpo --config examples/grpo.toml --model $(MODEL) $(ARGS)
+	@$(PY) -m rolecall.examples.grpo --model $(MODEL) $(ARGS)
 
 test: setup ## lint, types, rules and tests
 	@scripts/check.sh $(ARGS)
