@@ -17,13 +17,14 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rolecall.placement.watch import Watch
 from rolecall.protocols.errors import ConfigError, MemberLost, UserError
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+ATTEMPTS = 3  # to start a local Ray on a machine that is too busy
 PROBE = 2.0  # seconds that the head may take to accept a connection
 
 
@@ -34,12 +35,13 @@ class Connection:
     Args:
         address: "host:port" of its head.
         started: whether it is ours, and goes when the connection is closed.
-        folder: Ray's files, when it is ours.
+        folder: Ray's files, when it is ours. watch: over what it leaves behind, when it is ours.
     """
 
     address: str
     started: bool
     folder: Path | None = None
+    watch: Watch | None = field(default=None, repr=False, compare=False)
 
     def check(self, waiting_for: str = "") -> None:
         """Raise MemberLost unless the cluster's head still accepts connections.
@@ -124,19 +126,52 @@ def _join(address: str) -> Iterator[Connection]:
 
 @contextlib.contextmanager
 def _local() -> Iterator[Connection]:
+    for attempt in range(ATTEMPTS):
+        with contextlib.ExitStack() as stack:
+            folder, watch = stack.enter_context(_folder())
+            stack.enter_context(_environment(folder))
+            if not _start(folder, last=attempt == ATTEMPTS - 1):
+                continue  # what did start is swept up on the way
+            stack.callback(_stop)
+            import ray
+
+            yield Connection(ray.get_runtime_context().gcs_address, started=True, folder=folder, watch=watch)
+            return
+
+
+def _start(folder: Path, *, last: bool) -> bool:
+    """Start Ray; False where it gave up because the machine is too busy (its limit of 30 s is fixed in its code)."""
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="rc-", dir=None if len(tempfile.gettempdir()) <= 24 else "/tmp"))  # noqa: S108 (sockets: 107 characters)
+    try:
+        # Ray opens its folder to everybody (mode 0777); the folder around it stays ours alone (0700).
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=str(folder / "ray"))
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        if last:
+            have = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+            remedy = "end other work on this machine, or give the address of a cluster that runs"
+            raise UserError(f"Ray did not start in {ATTEMPTS} attempts of 30 s.", have=have, remedy=remedy) from error
+        return False
+    return True
+
+
+def _stop() -> None:
+    import ray
+
+    with unhurried():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[tuple[Path, Watch]]:
+    """A folder for a local cluster, watched from before the cluster is started until nothing of it is left."""
+    parent = None if len(tempfile.gettempdir()) <= 24 else "/tmp"  # noqa: S108 (the paths of Ray's sockets must stay below 107 characters)
+    folder = Path(tempfile.mkdtemp(prefix="rc-", dir=parent))
     watch = Watch(folder)
     try:
-        with _environment(folder):
-            # Ray opens its folder to everybody (mode 0777); the folder around it stays ours alone (0700).
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=str(folder / "ray"))
-            try:
-                yield Connection(ray.get_runtime_context().gcs_address, started=True, folder=folder)
-            finally:
-                with unhurried():
-                    ray.shutdown()
+        yield folder, watch
     finally:
         with unhurried():
             watch.close()

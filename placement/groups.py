@@ -206,6 +206,8 @@ def _remove(made: Mapping[str, PlacementGroup], connection: Connection) -> None:
 
     if not made or not answers(connection.address):
         return
+    if connection.watch:
+        connection.watch.look()  # removing a group ends its actors
     for group in made.values():
         remove_placement_group(group)
     end = time.monotonic() + 5.0

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+STOP, NOW = b"s", b"n"  # what the driver says: it has stopped the cluster; look now
 LOOK = 2.0  # seconds between two looks at the shared memory in use
 GRACE = 3.0  # seconds that processes get to end by themselves after an orderly stop
 LIMIT = 15.0  # seconds after which the watcher gives up
@@ -48,13 +49,15 @@ def shared_memory(pids: list[int]) -> set[str]:
 def watch(folder: str) -> bool:
     """Wait until the driver is gone or done. Returns whether it stopped in order."""
     driver, used = os.getppid(), set[str]()
-    while os.getppid() == driver:
-        if select.select([sys.stdin.buffer], [], [], LOOK)[0]:
-            orderly = os.read(sys.stdin.fileno(), 16) == b"done"
-            sweep(folder, used, GRACE if orderly else 0.0)
-            return orderly
+    while os.getppid() == driver:  # where the driver is gone and the pipe is not, a forked child of it holds it open
+        said = os.read(sys.stdin.fileno(), 1) if select.select([sys.stdin], [], [], LOOK)[0] else None
+        if said in (STOP, b""):
+            sweep(folder, used, GRACE if said == STOP else 0.0)
+            return said == STOP
         used |= shared_memory(marked(folder))
-    sweep(folder, used, 0.0)  # a forked child of the driver still holds the pipe open
+        if said:
+            os.write(sys.stdout.fileno(), said)
+    sweep(folder, used, 0.0)
     return False
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import subprocess
 import sys
 from pathlib import Path
+
+from rolecall.placement.reaper import NOW, STOP
 
 FINISH = 20.0  # seconds the watcher may take at the end; it gives the cluster's processes 3 of them to end by themselves
 
@@ -18,12 +21,21 @@ class Watch:
         self.process = subprocess.Popen(  # noqa: S603 (our own interpreter and module)
             [sys.executable, "-m", "rolecall.placement.reaper", str(folder)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            bufsize=0,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C at a terminal goes to the whole process group
         )
 
+    def look(self) -> None:
+        """Have it note the shared memory in use now; to be called before processes are ended in order."""
+        assert self.process.stdin is not None  # noqa: S101
+        assert self.process.stdout is not None  # noqa: S101
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(NOW)
+            select.select([self.process.stdout], [], [], FINISH)
+
     def close(self) -> None:
         """The cluster was stopped in order: let the watcher sweep up what did not end, and wait for it."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.communicate(b"done", FINISH)
+            self.process.communicate(STOP, FINISH)
