@@ -98,10 +98,10 @@ def test_what_can_not_fit_is_refused_at_once_where_ray_waits_for_ever(cluster):
 
 
 def test_only_what_is_free_counts(cluster):
-    with place([Pool("first", members=2, gpus=1, accelerator="H100")]):
-        with pytest.raises(PlanError, match="'H100'"), place([Pool("second", gpus=1, accelerator="H100")]):
-            pass
-    with place([Pool("second", gpus=1, accelerator="H100")]):
+    first, second = Pool("first", members=2, gpus=1, accelerator="H100"), Pool("second", gpus=1, accelerator="H100")
+    with place([first]), pytest.raises(PlanError, match="'H100'"), place([second]):
+        pass
+    with place([second]):
         pass
 
 
@@ -131,11 +131,12 @@ def test_addresses_that_are_none(cluster):
     with connect("127.0.0.1:1") as connection:
         assert connection == Connection(connected, started=False), "a connection that is there is used"
     script = "from rolecall.placement.cluster import connect\nimport sys\nwith connect(sys.argv[1]): pass"
-    for address, error, word in (
-        ("127.0.0.1:1", UserError, "No Ray cluster answers"),
-        ("nonsense", ConfigError, "no address"),
-        ("ray://x:1", ConfigError, "client"),
-    ):
+    wrong = {
+        "127.0.0.1:1": (UserError, "No Ray cluster answers"),
+        "nonsense": (ConfigError, "no address"),
+        "ray://x:1": (ConfigError, "client"),
+    }
+    for address, (error, word) in wrong.items():
         result = subprocess.run([sys.executable, "-c", script, address], capture_output=True, text=True, timeout=120)
         assert error.__name__ in result.stderr
         assert word in result.stderr
