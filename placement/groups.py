@@ -12,12 +12,13 @@ from rolecall.placement.cluster import Connection, answers, connect, unhurried
 from rolecall.placement.nodes import ACCELERATOR_LABEL, Node, live
 from rolecall.placement.planner import Plan, fit
 from rolecall.placement.pools import STEP, Pool, base_of, bundle_of, bundles, check_pools
-from rolecall.protocols.errors import DeadlineExceeded
+from rolecall.protocols.errors import DeadlineExceeded, PlanError
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
     from rolecall.placement.memory import Estimate
 
+SETTLE = 0.8  # seconds in which Ray may yet tell that something was given back
 SLICE = 0.5  # seconds between two looks at whether the cluster is still there
 NODE_LABEL = "ray.io/node-id"
 TRACE = 0.001  # of a GPU
@@ -99,7 +100,7 @@ def place(
     """
     check_pools(pools)
     with connect(address) as connection:
-        plan = fit(pools, live(), memory=memory)
+        plan = _prove(pools, memory)
         made: dict[str, PlacementGroup] = {}
         try:
             _make(plan, made)
@@ -113,6 +114,21 @@ def place(
         finally:
             with unhurried():
                 _remove(made, connection)
+
+
+def _prove(pools: Sequence[Pool], memory: Mapping[str, Estimate] | None) -> Plan:
+    """A plan on what is free now. Ray's head hears of what was given back up to a second late, so a refusal that
+    hangs on what others hold is thought over for `SETTLE`; one that does not is final at once."""
+    end = time.monotonic() + SETTLE
+    while True:
+        try:
+            return fit(pools, live(), memory=memory)
+        except PlanError as error:
+            fit(pools, live(free=False), memory=memory)  # raises where it would not fit even if all were free
+            if time.monotonic() > end:
+                text = f"{error} If nothing else ran, it would fit: wait for what holds the rest, or end it."
+                raise PlanError(text, reasons=error.reasons, details=error.fields["details"]) from None
+        time.sleep(0.05)
 
 
 def _make(plan: Plan, made: dict[str, PlacementGroup]) -> None:

@@ -209,3 +209,16 @@ def bundles(pools: Sequence[Pool]) -> dict[str, list[dict[str, int]]]:
                 index = bundle_of(pool, rank, by_name)
                 into[index] = {name: into[index].get(name, 0) + demand.get(name, 0) for name in {**into[index], **demand}}
     return result
+
+
+def together(*names: str, members: int = 1, cpus: float = 1.0, gpus: float = 0.0) -> tuple[Pool, ...]:
+    """Pools that all live in the bundles of the first: what one machine with no special wishes needs.
+
+    Args:
+        names: of the pools; the first one owns the bundles.
+        members: of each pool.
+        cpus: CPUs of a bundle.
+        gpus: GPUs of a bundle, counted at the first pool; its device is given to all of them.
+    """
+    first, *others = names
+    return Pool(first, members=members, cpus=cpus, gpus=gpus), *(Pool(name, members=members, cpus=0, shares=first) for name in others)

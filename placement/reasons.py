@@ -168,7 +168,7 @@ def _resource(setting: Setting, item: Item, who: str, name: str, steps: int, mos
         near = nearest(name, known)
         have = f"no node{kind} has any {name!r}"
         return Reason((item.name,), ask, have, f"use {near!r}" if near else "add a node that has it, or drop it")
-    remedy = _limit(name, most)
+    remedy = _limit(name, most) if most else f"add a node with {amount(name, steps)}"
     return Reason((item.name,), ask, have, f"{remedy}, sharers included" if sharers else remedy)
 
 
