@@ -3,6 +3,6 @@
 from rolecall.placement.groups import PlacedPool, place
 from rolecall.placement.nodes import Node
 from rolecall.placement.planner import Plan, fit
-from rolecall.placement.pools import Pool
+from rolecall.placement.pools import Pool, together
 
-__all__ = ["Node", "PlacedPool", "Plan", "Pool", "fit", "place"]
+__all__ = ["Node", "PlacedPool", "Plan", "Pool", "fit", "place", "together"]
