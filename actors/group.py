@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from rolecall.actors.packing import Packing
 from rolecall.actors.pending import TRAFFIC, Part, Pending
 from rolecall.actors.plans import CallPlan, Composed, Slices
@@ -30,7 +29,9 @@ class Group:
         step: of the controller's loop; named in errors.
     """
 
-    def __init__(self, name: str, pool: PlacedPool, actors: list[Any], logs: list[Path | None], deadline: float, verbs: frozenset[str]) -> None:
+    def __init__(
+        self, name: str, pool: PlacedPool, actors: list[Any], logs: list[Path | None], deadline: float, verbs: frozenset[str]
+    ) -> None:
         self.name, self.pool, self.deadline, self.verbs = name, pool, deadline, verbs
         self.world, self.version, self.step = len(actors), 0, 0
         self.metrics: dict[str, tuple[float, float]] = {}
@@ -138,7 +139,9 @@ class Caller:
     def _call(self, verb: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Pending[Any]:
         group = self._group
         if not group._actors:
-            raise CallError(f"group {group.name!r} is closed; {verb!r} can't be called any more.", role=group.name, rank=-1, verb=verb, remote="")
+            raise CallError(
+                f"group {group.name!r} is closed; {verb!r} can't be called any more.", role=group.name, rank=-1, verb=verb, remote=""
+            )
         if self._adverb == "split":
             pending = _split(group, verb, arguments, options)
         else:

@@ -13,9 +13,8 @@ from typing import Any
 
 import msgspec
 import ray
-
 from rolecall.actors.plans import CallPlan
-from rolecall.protocols import Divisible, Frame, Message, Metrics, Receipt, RoleFailed, RolecallError, decode, encode
+from rolecall.protocols import Divisible, Frame, Message, Metrics, Receipt, RolecallError, RoleFailed, decode, encode
 from rolecall.roles.base import Member, Role
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-
 from rolecall.actors.pending import Pending
 from rolecall.actors.plans import Layout
 from rolecall.protocols import DataError, Logprobs, Outline, Samples

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-
 from rolecall.actors.plans import Layout, merge_outlines
 from rolecall.protocols import CallError, DeadlineExceeded, Divisible, MemberLost, Message, Outline, Receipt, RolecallError, decode
 
@@ -44,7 +43,9 @@ class Part:
     def who(self) -> str:
         """The words that an error names this member with."""
         group = self.group
-        return f"{group.name}[{self.rank}] on {group.node(self.rank)}, verb {self.verb!r}, step {self.step}, weights version {group.version}"
+        return (
+            f"{group.name}[{self.rank}] on {group.node(self.rank)}, verb {self.verb!r}, step {self.step}, weights version {group.version}"
+        )
 
     def error(self, kind: type[CallError], why: str, remedy: str) -> CallError:
         """A typed error that says whom the call was waiting for."""
@@ -218,7 +219,13 @@ def _typed(part: Part, error: Exception) -> RolecallError:
         return cause
     if isinstance(error, lost.GetTimeoutError):
         return part.error(DeadlineExceeded, "its answer could not be fetched in time.", "Is the object store or the network overloaded?")
-    if isinstance(error, lost.RayActorError | lost.ObjectLostError | lost.ActorUnavailableError | lost.WorkerCrashedError | lost.NodeDiedError):
+    if isinstance(
+        error, lost.RayActorError | lost.ObjectLostError | lost.ActorUnavailableError | lost.WorkerCrashedError | lost.NodeDiedError
+    ):
         short = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return part.error(MemberLost, f"its process or node is gone ({type(error).__name__}: {short}).", "Its state is lost: restart from the last checkpoint.")
+        return part.error(
+            MemberLost,
+            f"its process or node is gone ({type(error).__name__}: {short}).",
+            "Its state is lost: restart from the last checkpoint.",
+        )
     return part.error(CallError, f"the call failed outside the role's code ({type(error).__name__}: {error}).", "See the traceback.")

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-
 from rolecall.protocols import CallError, Divisible, Message, Outline
 
 Array = np.ndarray

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import msgspec
-
 from rolecall.actors.config import dump
 from rolecall.actors.evaluation import Evaluation, table_of
 from rolecall.actors.group import Group
@@ -99,7 +98,9 @@ class Run:
         line["time/step_s"] = time.monotonic() - self._step_started
         line["time/run_s"] = time.monotonic() - self._started
         line["controller/fetched_bytes"], line["controller/forwarded_bytes"] = TRAFFIC.fetched, TRAFFIC.forwarded
-        self._metrics.write(json.dumps({name: round(value, 8) if isinstance(value, float) else value for name, value in line.items()}) + "\n")
+        self._metrics.write(
+            json.dumps({name: round(value, 8) if isinstance(value, float) else value for name, value in line.items()}) + "\n"
+        )
         every = self.args.samples_every
         if samples is not None and every and (step % every == 0 or step == 1):
             table_of(samples.result(), scores).save(self.folder / "samples" / f"step-{step:06d}.parquet")
@@ -137,5 +138,12 @@ class Run:
 
         show_report(before, after, {"checkpoint": checkpoint, "run folder": str(self.folder)}, time.monotonic() - self._started)
         (self.folder / "result.json").write_text(
-            json.dumps({"before": before.mean, "after": after.mean, "seconds": round(time.monotonic() - self._started, 1), "count": len(after.values)})
+            json.dumps(
+                {
+                    "before": before.mean,
+                    "after": after.mean,
+                    "seconds": round(time.monotonic() - self._started, 1),
+                    "count": len(after.values),
+                }
+            )
         )

@@ -44,16 +44,19 @@ def spawn(
         UserError: the role can't be played as it is set, or the pool has too few bundles.
     """
     import ray
-
     from rolecall.actors.member import MemberActor
 
     if not isinstance(role, Role):
-        raise UserError(f"spawn wants a role, not {type(role).__name__}.", remedy="pass an instance of a subclass of rolecall.roles.base.Role")
+        raise UserError(
+            f"spawn wants a role, not {type(role).__name__}.", remedy="pass an instance of a subclass of rolecall.roles.base.Role"
+        )
     role.check()
     word = name or role.name or type(role).__name__.lower()
     world = members or on.members
     if world > on.members:
-        raise UserError(f"{word}: {world} members asked of pool {on.pool.name!r}.", have=f"{on.members} bundles", remedy="give the pool more members")
+        raise UserError(
+            f"{word}: {world} members asked of pool {on.pool.name!r}.", have=f"{on.members} bundles", remedy="give the pool more members"
+        )
     if on.gpus > 1 and on.tenants:
         raise UserError(
             f"{word}: pool {on.pool.name!r} gives each member {on.gpus:g} GPUs, and a role has taken them.",
@@ -64,7 +67,14 @@ def spawn(
     actors = []
     for rank in range(world):
         member = Member(
-            role=word, rank=rank, world=world, device=device, threads=on.threads, seed=seed, folder=folder, backend="nccl" if on.gpus else "gloo"
+            role=word,
+            rank=rank,
+            world=world,
+            device=device,
+            threads=on.threads,
+            seed=seed,
+            folder=folder,
+            backend="nccl" if on.gpus else "gloo",
         )
         # Ray must never restart a member: it would come back without its weights.
         options: dict[str, Any] = {**on.options(rank), "max_restarts": 0, "max_task_retries": 0}
@@ -79,4 +89,6 @@ def spawn(
 
 def verbs_of(kind: type[Role]) -> frozenset[str]:
     """Public methods of a role class, less those of the shell."""
-    return frozenset(name for name, member in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_") and name not in NOT_VERBS)
+    return frozenset(
+        name for name, member in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_") and name not in NOT_VERBS
+    )

@@ -1,0 +1,10 @@
+"""What each role does, as plain classes. Importing this is cheap: no torch, transformers or Ray."""
+
+from rolecall.roles.base import Member, Role
+from rolecall.roles.data import Data, ReasoningGym, Records
+from rolecall.roles.policy import Policy
+from rolecall.roles.reference import Reference
+from rolecall.roles.rewards import Reward, last_number, scores_for
+from rolecall.roles.rollout import Rollout
+
+__all__ = ["Data", "Member", "Policy", "ReasoningGym", "Records", "Reference", "Reward", "Role", "Rollout", "last_number", "scores_for"]

@@ -13,7 +13,7 @@ from rolecall.roles.models import check_model
 
 if TYPE_CHECKING:
     from rolecall.roles.policy.training import Training
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float64")  # float16 can be sent, not trained: its gradients underflow
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -72,7 +72,7 @@ class Policy(Role):
         check_model(self.model)
         for name, value, allowed in (
             ("dtype", self.dtype, DTYPES),
-            ("publish_dtype", self.publish_dtype, ("", *DTYPES)),
+            ("publish_dtype", self.publish_dtype, ("", "float16", *DTYPES)),
             ("schedule", self.schedule, SCHEDULES),
         ):
             if value not in allowed:
@@ -97,11 +97,13 @@ class Policy(Role):
         import torch
         from rolecall.roles.models import load
         from rolecall.roles.policy.distributed import Meeting
+        from rolecall.roles.policy.memory import keep_freed_memory
         from rolecall.roles.policy.training import Training
         from rolecall.roles.tokens import load_tokenizer
 
         if member.device == "cpu":
             torch.set_num_threads(member.threads)
+            keep_freed_memory()
         net = load(self.model, dtype=self.dtype, device=member.device)
         tokenizer = load_tokenizer(self.model)  # goes into every checkpoint
         meeting = Meeting(member, self.deadline)

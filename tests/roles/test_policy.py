@@ -230,6 +230,11 @@ def test_a_batch_without_rows_counts_nothing(tiny: str) -> None:
     assert policy.update(1e-3) == 1
 
 
+def test_a_share_without_samples_has_no_logprobs(tiny: str) -> None:
+    answer = ready(tiny).logprobs(tiny_samples(2, 2).take([]))
+    assert (len(answer.keys), len(answer.logprobs), answer.cu_seqlens.tolist()) == (0, 0, [0])
+
+
 def test_a_sample_longer_than_the_context_is_refused(tiny: str) -> None:
     policy = ready(tiny)
     samples = tiny_samples(1, 1, longest_prompt=1)
