@@ -29,7 +29,8 @@ class Spec:
     Args:
         dtype: numpy dtype name, or "" for a tuple (or a dict of tuples) of which only the length is declared.
         shape: sizes divided by blanks; a letter, a letter plus one ("N+1"), or a number.
-        rule: "finite" (no NaN, no infinity), "offsets" (starts at 0, never falls), "" (none).
+        rule: "finite" (no NaN, no infinity), "nats" (logprobs: finite, and above 0 only by rounding),
+            "offsets" (starts at 0, never falls), "" (none).
     """
 
     dtype: str
@@ -38,5 +39,5 @@ class Spec:
 
 
 Int32T = Annotated[np.ndarray, Spec("int32", "T")]
-Float32T = Annotated[np.ndarray, Spec("float32", "T", "finite")]
+NatsT = Annotated[np.ndarray, Spec("float32", "T", "nats")]
 Offsets = Annotated[np.ndarray, Spec("int64", "N+1", "offsets")]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 import msgspec
 import numpy as np
 from rolecall.protocols import sense, units
-from rolecall.protocols.arrays import Float32T, Int32T, Offsets, Spec
+from rolecall.protocols.arrays import Int32T, NatsT, Offsets, Spec
 from rolecall.protocols.base import Divisible, Message, Outline
 
 __all__ = [
@@ -89,7 +89,7 @@ class Samples(Divisible, frozen=True, kw_only=True, eq=False):
     columns: Annotated[dict[str, tuple[Any, ...]], Spec("", "P")] = msgspec.field(default_factory=dict)
     counts: Annotated[Array, Spec("int32", "P")]  # samples of each prompt
     tokens: Int32T
-    logprobs: Float32T  # of each completion token when it was sampled; 0 at prompt tokens
+    logprobs: NatsT  # of each completion token when it was sampled; 0 at prompt tokens
     cu_seqlens: Offsets
     prompt_lengths: Annotated[Array, Spec("int32", "N")]
     siblings: Annotated[Array, Spec("int32", "N")]  # 0 .. counts-1 within the prompt
@@ -272,7 +272,7 @@ class Logprobs(Divisible, frozen=True, kw_only=True, eq=False):
 
     keys: Annotated[Array, Spec("int64", "P")]
     counts: Annotated[Array, Spec("int32", "P")]
-    logprobs: Float32T  # 0 at prompt tokens
+    logprobs: NatsT  # 0 at prompt tokens
     cu_seqlens: Offsets
     version: int = 0  # weights that computed them
 
@@ -282,7 +282,7 @@ class Logprobs(Divisible, frozen=True, kw_only=True, eq=False):
         return np.diff(self.cu_seqlens)
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """What the Specs can't say: counts, offsets, logprobs above 0."""
+        """What the Specs can't say: counts, offsets, version."""
         return sense.logprobs(self)
 
     def outline(self) -> Outline:
@@ -331,9 +331,9 @@ class PackedBatch(Message, frozen=True, kw_only=True, eq=False):
     targets: Annotated[Array, Spec("int32", "K")]
     weights: Annotated[Array, Spec("float32", "K", "finite")]  # of each token in the loss; they sum to 1 over all members
     samples: Annotated[Array, Spec("int32", "K")]  # which sample, in the order of the Samples message
-    old: Annotated[Array, Spec("float32", "K", "finite")]  # logprob when sampled
+    old: Annotated[Array, Spec("float32", "K", "nats")]  # logprob when sampled
     advantages: Annotated[Array, Spec("float32", "K", "finite")]
-    reference: Annotated[Array, Spec("float32", "K", "finite")] | None = None
+    reference: Annotated[Array, Spec("float32", "K", "nats")] | None = None
     temperature: float = 1.0
 
     def faults(self) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ class Declared:
     spec: Spec
     form: str  # "array", "tuple" or "columns" (a dict of tuples)
     optional: bool
+    dtype: np.dtype[Any] | None  # of an array
     letters: tuple[tuple[str, int], ...]  # of each dimension: letter and what is added to it; ("", size) for a fixed size
 
 
@@ -51,7 +52,8 @@ def declared(kind: type) -> tuple[Declared, ...]:
             letters = tuple(
                 ("", int(word)) if word.isdigit() else (word.removesuffix("+1"), int(word.endswith("+1"))) for word in spec.shape.split()
             )
-            found.append(Declared(name, spec, form, types.NoneType in bare, letters))
+            dtype = np.dtype(spec.dtype) if form == "array" else None
+            found.append(Declared(name, spec, form, types.NoneType in bare, dtype, letters))
     return tuple(found)
 
 

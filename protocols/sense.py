@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 Array = np.ndarray
 Faults = Iterator[tuple[str, str]]
 
-ABOVE_ZERO = 1e-3  # nats: a logprob is at most 0, but rounding in an engine may lift it a little
 ALIGNMENT = 64  # bytes: gaps below this between the tensors of a shard are padding
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -33,12 +32,11 @@ def prompts(message: Prompts) -> Faults:
 
 
 def samples(message: Samples) -> Faults:
-    """Samples of a prompt together and in order, lengths, codes, version spans, logprobs not above 0."""
+    """Samples of a prompt together and in order, lengths, codes, version spans."""
     yield from _keys(message.keys)
     yield from _counts(message.counts, len(message.siblings))
     yield from _sequences(message.cu_seqlens, len(message.tokens))
     yield from _token_ids("tokens", message.tokens)
-    yield from _nats("logprobs", message.logprobs)
     begins = message.counts.cumsum() - message.counts
     if (message.siblings + begins.repeat(message.counts) != np.arange(len(message.siblings))).any():
         yield "siblings", "do not run from 0 to counts - 1 within each prompt"
@@ -67,11 +65,10 @@ def scores(message: Scores) -> Faults:
 
 
 def logprobs(message: Logprobs) -> Faults:
-    """Counts, offsets, logprobs not above 0."""
+    """Counts, offsets, version."""
     yield from _keys(message.keys)
     yield from _counts(message.counts, len(message.cu_seqlens) - 1)
     yield from _sequences(message.cu_seqlens, len(message.logprobs))
-    yield from _nats("logprobs", message.logprobs)
     if message.version < 0:
         yield "version", "is below 0"
 
@@ -84,9 +81,6 @@ def packed(message: PackedBatch) -> Faults:
         return
     yield from _token_ids("tokens", message.tokens)
     yield from _token_ids("targets", message.targets)
-    yield from _nats("old", message.old)
-    if message.reference is not None:
-        yield from _nats("reference", message.reference)
     if np.any(message.samples < 0):
         yield "samples", "are below 0"
     yield from _temperature(message.temperature)
@@ -154,11 +148,6 @@ def _sequences(cu_seqlens: Array, count: int) -> Faults:
 def _token_ids(name: str, tokens: Array) -> Faults:
     if tokens.min(initial=0) < 0:
         yield name, "has ids below 0"
-
-
-def _nats(name: str, values: Array) -> Faults:
-    if values.max(initial=0.0) > ABOVE_ZERO:
-        yield name, f"has logprobs above 0 (up to {float(values.max()):.4g})"
 
 
 def _codes(name: str, codes: Array, words: tuple[str, ...]) -> Faults:

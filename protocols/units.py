@@ -31,6 +31,8 @@ def ranges(units: Sequence[int] | Array, count: int, message: str) -> Ranges:
     Raises:
         MessageError: a number is not from 0 to `count` - 1, or they are no whole numbers.
     """
+    if isinstance(units, range) and units.step == 1 and 0 <= units.start < units.stop <= count:
+        return [(units.start, units.stop)]
     found = np.asarray(units)
     if found.dtype == bool and found.shape == (count,):
         found = found.nonzero()[0]
@@ -84,7 +86,13 @@ def cut_columns(columns: Mapping[str, tuple[Value, ...]], ranges: Ranges) -> dic
 
 
 def cut_spans(starts: Array, versions: Array, ranges: Ranges) -> tuple[Array, Array]:
-    """Version spans of these ranges of tokens end to end, counted from their new start; equal neighbours become one."""
+    """Version spans of these ranges of tokens end to end, counted from their new start; neighbours that a cut made equal become one."""
+    if len(ranges) == 1 and ranges[0][0] < ranges[0][1]:
+        start, stop = ranges[0]
+        first, last = starts.searchsorted(start, "right") - 1, starts.searchsorted(stop, "left")
+        own = starts[first:last] - start
+        own[0] = 0
+        return own, versions[first:last]
     new_starts, new_versions, position = [], [], 0
     for start, stop in ranges:
         if stop > start:

@@ -42,10 +42,10 @@ GOLDEN = Path(__file__).parent / "samples.frame"
 # (`write_file(encode(batch), GOLDEN)`).
 FINGERPRINTS = {
     Prompts: 0x4DBA792B65418F52,
-    Samples: 0x45A8D7F8C3DBD959,
+    Samples: 0x4A7C7852ECB363FB,
     Scores: 0xEA33E80E2AE9DC77,
-    Logprobs: 0xA6DFF3C52D282F22,
-    PackedBatch: 0x842E4B4170611A9A,
+    Logprobs: 0x76474790C75EB1FA,
+    PackedBatch: 0x149B451CE6BE625C,
     Weights: 0x9FF0C8DBEBCC880F,
     Metrics: 0xA75DD7D293CCFEC5,
 }
