@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rolecall.placement.reaper import marked
+from rolecall.placement.reaper import NOW, marked
 
 DRIVER = Path(__file__).with_name("driver.py")
 START = 150.0  # seconds: Ray starts in 5, but these tests share two cores with all others
@@ -69,7 +69,10 @@ def test_nothing_is_left_after_the_block(how, status):
 def test_a_watcher_without_a_cluster_just_removes_the_folder(tmp_path):
     folder = tmp_path / "cluster"
     folder.mkdir()
-    watcher = subprocess.Popen([sys.executable, "-m", "rolecall.placement.reaper", str(folder)], stdin=subprocess.PIPE)
+    command = [sys.executable, "-m", "rolecall.placement.reaper", str(folder)]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    watcher.stdin.write(NOW)
+    assert watcher.stdout.read(1) == NOW, "it has started, and looked"
     watcher.send_signal(signal.SIGINT)  # ignored: a Ctrl-C is the driver's business
     orphan = subprocess.Popen(["sleep", "600"], start_new_session=True, env={**os.environ, "ROLECALL_CLUSTER": str(folder)})
     bystander = subprocess.Popen(["sleep", "600"], env={**os.environ, "ROLECALL_CLUSTER": f"{folder}-other"})
