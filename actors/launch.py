@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import msgspec
 from rolecall.actors.config import parse
 from rolecall.protocols import RolecallError, UserError
 
-A = TypeVar("A")
+A = TypeVar("A", bound=msgspec.Struct)
 
 USER_MISTAKE, FAILED, INTERRUPTED = 2, 1, 130
 

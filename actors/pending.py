@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,12 @@ class Part:
     receipt_ref: Any
     frame_ref: Any
     found: Receipt | None = None
+
+    def keep(self, receipt: Receipt) -> None:
+        """Take the receipt, once."""
+        if self.found is None:
+            self.found = receipt
+            self.group.absorb(receipt)
 
     def who(self) -> str:
         """The words that an error names this member with."""
@@ -99,35 +106,44 @@ class Pending(Generic[M]):
 
     def receipts(self) -> list[Receipt]:
         """The members' receipts, in rank order; waits as `wait` does."""
-        import ray
-
         missing = [part for part in self.parts if part.found is None]
         if missing:
             if missing[0].verb != "setup":
                 for group in {part.group for part in missing}:
                     group.ready()
-            left = max(0.0, self.started + self.deadline - time.monotonic())
-            refs = [part.receipt_ref for part in missing]
-            ready = set(_first_failure_or_all(refs, left))
-            failed = None
-            for part in missing:
-                if part.receipt_ref in ready:
-                    try:
-                        part.found = ray.get(part.receipt_ref)
-                        part.group.absorb(part.found)
-                    except Exception as error:
-                        failed = failed or _typed(part, error)
-            if failed is not None:
-                raise failed from getattr(failed, "cause", None)
-            late = [part for part in missing if part.found is None]
-            if late:
-                names = "; ".join(part.who() for part in late)
-                raise late[0].error(
-                    DeadlineExceeded,
-                    f"no answer within {self.deadline:.0f} s from: {names}.",
-                    "Look into the log for what it is doing; give the group a longer deadline if the work is just long.",
-                )
+            self._collect(missing)
         return [part.found for part in self.parts if part.found is not None]
+
+    def _collect(self, missing: Sequence[Part]) -> None:
+        """Fetch receipts, all at once where all went well; else find out who failed and who is late."""
+        import ray
+        import ray.exceptions
+
+        def left() -> float:
+            return max(0.0, self.started + self.deadline - time.monotonic())
+
+        refs = [part.receipt_ref for part in missing]
+        with contextlib.suppress(ray.exceptions.RayError):  # told apart below
+            for part, receipt in zip(missing, ray.get(refs, timeout=left()), strict=True):
+                part.keep(receipt)
+            return
+        ready = set(_first_failure_or_all(refs, left()))
+        failed = None
+        for part in missing:
+            if part.receipt_ref in ready:
+                try:
+                    part.keep(ray.get(part.receipt_ref))
+                except Exception as error:
+                    failed = failed or _typed(part, error)
+        if failed is not None:
+            raise failed from getattr(failed, "cause", None)
+        late = [part for part in missing if part.found is None]
+        if late:
+            raise late[0].error(
+                DeadlineExceeded,
+                f"no answer within {self.deadline:.0f} s from: {'; '.join(part.who() for part in late)}.",
+                "Look into the log for what it is doing; give the group a longer deadline if the work is just long.",
+            )
 
     @property
     def outline(self) -> Outline:
@@ -182,9 +198,9 @@ def gather(*pendings: Pending[Any]) -> tuple[Any, ...]:
 
 
 def _outline_of(part: Part) -> Outline:
-    assert part.found is not None
-    if part.found.outline is None:
-        raise part.error(CallError, f"its answer ({part.found.kind or 'a plain value'}) has no units to split.", "Use .all or .one for it.")
+    if part.found is None or part.found.outline is None:
+        kind = part.found.kind if part.found else ""
+        raise part.error(CallError, f"its answer ({kind or 'a plain value'}) has no units to split.", "Use .all or .one for it.")
     return part.found.outline
 
 

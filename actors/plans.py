@@ -27,9 +27,10 @@ class Slices(msgspec.Struct, frozen=True, eq=False):
     def collect(self, messages: Sequence[Message]) -> Message | list[Message]:
         """The argument itself, from the call's decoded messages."""
         chosen = [messages[number] for number in self.objects]
-        if not all(isinstance(message, Divisible) for message in chosen):
-            return list(chosen) if self.many else chosen[0]
-        taken = [message if units is None else message.take(units) for message, units in zip(chosen, self.units, strict=True)]
+        divisible = [message for message in chosen if isinstance(message, Divisible)]
+        if len(divisible) < len(chosen):
+            return chosen if self.many else chosen[0]
+        taken = [message if units is None else message.take(units) for message, units in zip(divisible, self.units, strict=True)]
         joined = taken[0] if len(taken) == 1 else type(taken[0]).join(taken)
         return joined if self.order is None else joined.take(self.order)
 

@@ -125,7 +125,8 @@ class Run:
         total = prompts * per_prompt
         share = -(-total // policy.world)
         print(
-            f"{prompts} prompts × {per_prompt} completions = {total} samples a step, {policy.world} policy member{'s' * (policy.world > 1)}, "
+            f"{prompts} prompts × {per_prompt} completions = {total} samples a step, "
+            f"{policy.world} policy member{'s' * (policy.world > 1)}, "
             f"about {share} each, {updates} update{'s' * (updates > 1)} a step\nrun folder: {self.folder}",
             flush=True,
         )

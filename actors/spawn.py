@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,48 +44,42 @@ def spawn(
     Raises:
         UserError: the role can't be played as it is set, or the pool has too few bundles.
     """
-    import ray
-    from rolecall.actors.member import MemberActor
-
     if not isinstance(role, Role):
-        raise UserError(
-            f"spawn wants a role, not {type(role).__name__}.", remedy="pass an instance of a subclass of rolecall.roles.base.Role"
-        )
+        remedy = "pass an instance of a subclass of rolecall.roles.base.Role"
+        raise UserError(f"spawn wants a role, not {type(role).__name__}.", remedy=remedy)
     role.check()
     word = name or role.name or type(role).__name__.lower()
     world = members or on.members
     if world > on.members:
-        raise UserError(
-            f"{word}: {world} members asked of pool {on.pool.name!r}.", have=f"{on.members} bundles", remedy="give the pool more members"
-        )
+        remedy = "give the pool more members"
+        raise UserError(f"{word}: {world} members asked of pool {on.pool.name!r}.", have=f"{on.members} bundles", remedy=remedy)
     if on.gpus > 1 and on.tenants:
         raise UserError(
             f"{word}: pool {on.pool.name!r} gives each member {on.gpus:g} GPUs, and a role has taken them.",
             remedy=f"give {word} a pool of its own, or one with shares={on.pool.name!r}",
         )
-    device = "cuda:0" if on.gpus else "cpu"
     logs = [folder.absolute() / "logs" / f"{word}-{rank}.log" if folder else None for rank in range(world)]
-    actors = []
-    for rank in range(world):
-        member = Member(
-            role=word,
-            rank=rank,
-            world=world,
-            device=device,
-            threads=on.threads,
-            seed=seed,
-            folder=folder,
-            backend="nccl" if on.gpus else "gloo",
-        )
-        # Ray must never restart a member: it would come back without its weights.
-        options: dict[str, Any] = {**on.options(rank), "max_restarts": 0, "max_task_retries": 0}
-        actors.append(ray.remote(MemberActor).options(**options).remote(role, member, str(logs[rank] or "")))  # type: ignore[attr-defined]
+    device, backend = ("cuda:0", "nccl") if on.gpus else ("cpu", "gloo")
+    common = Member(role=word, world=world, device=device, threads=on.threads, seed=seed, folder=folder, backend=backend)
+    actors = _start(role, on, common, logs)
     group = Group(word, on, actors, logs, deadline, verbs_of(type(role)))
     meeting = actors[0].rendezvous.remote() if world > 1 else ""
     parts = tuple(Part(group, rank, "setup", 0, actor.setup.remote(meeting), None) for rank, actor in enumerate(actors))
     group.starting(Pending(parts, many=True, deadline=start_deadline))
     on.tenants.append(group.close)
     return group
+
+
+def _start(role: Role, on: PlacedPool, common: Member, logs: list[Path | None]) -> list[Any]:
+    """The members' actors, which Ray must never restart: they would come back without their weights."""
+    import ray
+    from rolecall.actors.member import MemberActor
+
+    actors: list[Any] = []  # handles, whose methods Ray adds
+    for rank, log in enumerate(logs):
+        options: dict[str, Any] = {**on.options(rank), "max_restarts": 0, "max_task_retries": 0}
+        actors.append(ray.remote(MemberActor).options(**options).remote(role, replace(common, rank=rank), str(log or "")))
+    return actors
 
 
 def verbs_of(kind: type[Role]) -> frozenset[str]:

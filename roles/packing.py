@@ -45,8 +45,8 @@ def pack_samples(
 ) -> PackedBatch:
     """Pack completions with their shared prompts into rows of `capacity` slots.
 
-    Trained tokens (K) are ordered by row; those of one sample stand together and in order. A prompt whose completions
-    don't fit into one row beside it is copied into several.
+    Trained tokens (K) are ordered by row, those of one sample together. Where a row can't hold a prompt with all its
+    completions, the prompt is copied into several.
 
     Args:
         samples: what was sampled.
@@ -66,11 +66,7 @@ def pack_samples(
     number = len(samples.prompt_lengths)
     advantage = _per_sample("advantages", advantages, 0.0, number)
     weight = _per_sample("weights", weights, 1.0, number)
-    if reference is not None and not np.array_equal(reference.cu_seqlens, samples.cu_seqlens):
-        raise MessageError(
-            f"Logprobs.cu_seqlens differs from Samples.cu_seqlens: the reference answers other samples "
-            f"({len(reference.logprobs)} tokens, not {len(samples.tokens)}). Compute its logprobs from the samples that are packed."
-        )
+    _check_reference(samples, reference)
     starts = samples.cu_seqlens[:-1]
     prompts = samples.prompt_lengths.astype(np.int64)
     trained = np.diff(samples.cu_seqlens) - prompts
@@ -149,6 +145,14 @@ def take_rows(packed: PackedBatch, start: int, stop: int) -> PackedBatch:
         reference=None if packed.reference is None else packed.reference[low:high],
         **flat,
     )
+
+
+def _check_reference(samples: Samples, reference: Logprobs | None) -> None:
+    if reference is not None and not np.array_equal(reference.cu_seqlens, samples.cu_seqlens):
+        raise MessageError(
+            f"Logprobs.cu_seqlens differs from Samples.cu_seqlens: the reference answers other samples "
+            f"({len(reference.logprobs)} tokens, not {len(samples.tokens)}). Compute its logprobs from the samples that are packed."
+        )
 
 
 def _lay_out(

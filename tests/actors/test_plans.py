@@ -57,7 +57,7 @@ def test_slices_collect_exactly_the_asked_units_in_order(case: tuple[list[list[i
 def test_merged_outline_is_that_of_the_whole(case: tuple[list[list[int]], list[int], list[int]]) -> None:
     parts, counts, _ = case
     total = sum(map(len, parts))
-    outlines = [scores([unit for unit in part], [counts[unit] for unit in part]).outline() for part in parts]
+    outlines = [scores(list(part), [counts[unit] for unit in part]).outline() for part in parts]
     layout = Layout.of([len(part) for part in parts], [np.array(part) for part in parts])
     merged, whole = merge_outlines(outlines, layout), scores(list(range(total)), counts).outline()
     assert merged.keys.tolist() == whole.keys.tolist()
@@ -80,5 +80,6 @@ def test_a_part_that_is_used_whole_is_not_copied() -> None:
 
 
 def test_composed_arguments_are_made_at_the_member() -> None:
-    plan = CallPlan("verb", (Composed(lambda left, right, *, scale: (left.keys.tolist(), right * scale), (Slices((0,), (None,)), 3), {"scale": 2}),))
+    made = Composed(lambda left, right, *, scale: (left.keys.tolist(), right * scale), (Slices((0,), (None,)), 3), {"scale": 2})
+    plan = CallPlan("verb", (made,))
     assert plan.resolve([scores([7], [1])]) == ((([7], 6),), {})
