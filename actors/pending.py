@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from rolecall.actors.group import Group
 
 M = TypeVar("M")
+SLICE = 5.0  # seconds between two looks at whether the cluster is still there
 
 
 @dataclass
@@ -123,10 +123,17 @@ class Pending(Generic[M]):
             return max(0.0, self.started + self.deadline - time.monotonic())
 
         refs = [part.receipt_ref for part in missing]
-        with contextlib.suppress(ray.exceptions.RayError):  # told apart below
-            for part, receipt in zip(missing, ray.get(refs, timeout=left()), strict=True):
-                part.keep(receipt)
-            return
+        while True:
+            try:
+                for part, receipt in zip(missing, ray.get(refs, timeout=min(SLICE, left())), strict=True):
+                    part.keep(receipt)
+                return
+            except ray.exceptions.GetTimeoutError:
+                missing[0].group.pool.connection.check(f"an answer of {missing[0].who()}")
+                if not left():
+                    break
+            except ray.exceptions.RayError:
+                break  # told apart below
         ready = set(_first_failure_or_all(refs, left()))
         failed = None
         for part in missing:

@@ -45,14 +45,13 @@ def pack_samples(
 ) -> PackedBatch:
     """Pack completions with their shared prompts into rows of `capacity` slots.
 
-    Trained tokens (K) are ordered by row, those of one sample together. Where a row can't hold a prompt with all its
-    completions, the prompt is copied into several.
+    Trained tokens (K) are ordered by row, those of one sample together. A prompt is copied into as many rows as it needs.
 
     Args:
         samples: what was sampled.
         advantages: [N] float, of each sample; None means 0.
-        weights: [N] float, what *each token* of a sample counts in the loss (kernels/aggregation.py); samples of weight 0
-            are left out, as are those without a completion. None means 1 for all, as for plain logprobs.
+        weights: [N] float, what *each token* of a sample counts in the loss (kernels/aggregation.py); None means 1. Samples
+            of weight 0 are left out, as are those without a completion.
         reference: logprobs of the same samples under the reference model.
         capacity: slots of a row; a prompt and any one of its completions need at most that.
 
@@ -67,16 +66,14 @@ def pack_samples(
     advantage = _per_sample("advantages", advantages, 0.0, number)
     weight = _per_sample("weights", weights, 1.0, number)
     _check_reference(samples, reference)
-    starts = samples.cu_seqlens[:-1]
-    prompts = samples.prompt_lengths.astype(np.int64)
+    starts, prompts = samples.cu_seqlens[:-1], samples.prompt_lengths.astype(np.int64)
     trained = np.diff(samples.cu_seqlens) - prompts
     kept = np.flatnonzero((weight != 0) & (trained > 0))
     group = np.repeat(np.arange(len(samples.counts)), samples.counts)
     _check_prompts(samples, group, prompts)
     _check_lengths(prompts, trained, kept, capacity)
     segments, order, first_source, own_slot = _lay_out(kept, group, starts, prompts, trained, capacity)
-    lengths = trained[order]
-    within = _ranges(lengths)  # number of each trained token within its completion
+    lengths, within = trained[order], _ranges(trained[order])  # of each completion; of each token within it
     sample = np.repeat(order, lengths)
     token = (starts + prompts)[sample] + within
     which, inside = np.repeat(np.arange(len(segments.length)), segments.length), _ranges(segments.length)
