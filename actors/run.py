@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class RunArgs(msgspec.Struct, frozen=True, kw_only=True):
 
     name: Annotated[str, msgspec.Meta(description="of the run and its folder; made from script and time without it")] = ""
     runs: Annotated[str, msgspec.Meta(description="folder that run folders are made in")] = "runs"
+    address: Annotated[str | None, msgspec.Meta(description="host:port of a Ray cluster, or auto; a local one without it")] = None
     seed: Annotated[int, msgspec.Meta(description="of data order, sampling and initialisation")] = 0
     samples_every: Annotated[int, msgspec.Meta(ge=0, description="steps between saved samples; 0 saves none")] = 10
 
@@ -69,6 +71,15 @@ class Run:
         if self._progress is not None:
             self._progress.close()
         self._metrics.close()
+        if error is not None and not self._groups and not (self.folder / "metrics.jsonl").stat().st_size:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Nothing was started: leave no folder, so that the name can be used again once the mistake is corrected."""
+        for name in ("config.toml", "metrics.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody put something in
+            self.folder.rmdir()
 
     def spawn(self, role: Role, *, on: PlacedPool, **options: Any) -> Group:
         """`spawn` with this run's folder and seed."""
@@ -84,6 +95,8 @@ class Run:
             self._step_started = time.monotonic()
             for group in self._groups:
                 group.step = step
+            for pool in {id(group.pool.connection): group.pool for group in self._groups}.values():
+                pool.connection.check(f"step {step}")  # Ray would go on without its head for a minute, then end this process
             current = ahead
             if step < count:
                 ahead = data.any.prompts(prompts)
@@ -95,6 +108,8 @@ class Run:
         line: dict[str, float] = {"step": step, **extra}
         for group in self._groups:
             line.update(group.drain())
+            if group.version:
+                line[f"{group.name}/version"] = group.version
         line["time/step_s"] = time.monotonic() - self._step_started
         line["time/run_s"] = time.monotonic() - self._started
         line["controller/fetched_bytes"], line["controller/forwarded_bytes"] = TRAFFIC.fetched, TRAFFIC.forwarded

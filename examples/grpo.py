@@ -11,7 +11,7 @@ from rolecall.actors import Run, RunArgs, gather, launch, pack
 from rolecall.kernels.advantages import group_advantages
 from rolecall.kernels.losses import clipped_surrogate
 from rolecall.placement import Pool, place, together
-from rolecall.roles import Data, Policy, ReasoningGym, Reference, Reward, Rollout, last_number
+from rolecall.roles import Data, Policy, ReasoningGym, Reference, Reward, Rollout, check_model, last_number
 
 SUMS = ReasoningGym("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, size=20_000)
 
@@ -32,7 +32,8 @@ class Args(RunArgs, frozen=True, kw_only=True):
 
 
 def main(args: Args) -> None:
-    with Run(args) as run, place(args.pools) as pools:
+    check_model(args.model, chat_template=True)  # before anything starts
+    with Run(args) as run, place(args.pools, address=args.address) as pools:
         policy = run.spawn(Policy(args.model, dtype=args.dtype), on=pools["train"])
         rollout = run.spawn(Rollout(args.model, dtype=args.dtype, max_tokens=args.max_tokens), on=pools["sample"])
         reference = run.spawn(Reference(args.model, dtype=args.dtype), on=pools["reference"])

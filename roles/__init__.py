@@ -2,9 +2,23 @@
 
 from rolecall.roles.base import Member, Role
 from rolecall.roles.data import Data, ReasoningGym, Records
+from rolecall.roles.models import check_model
 from rolecall.roles.policy import Policy
 from rolecall.roles.reference import Reference
 from rolecall.roles.rewards import Reward, last_number, scores_for
 from rolecall.roles.rollout import Rollout
 
-__all__ = ["Data", "Member", "Policy", "ReasoningGym", "Records", "Reference", "Reward", "Role", "Rollout", "last_number", "scores_for"]
+__all__ = [
+    "Data",
+    "Member",
+    "Policy",
+    "ReasoningGym",
+    "Records",
+    "Reference",
+    "Reward",
+    "Role",
+    "Rollout",
+    "check_model",
+    "last_number",
+    "scores_for",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from rolecall.actors.config.fields import (
@@ -97,8 +97,11 @@ class Checker:
             choices = [str(each) for each in get_args(bare)] if get_origin(bare) is Literal else []
             near = nearest(str(value), choices)
             reason = str(error).partition(" - at ")[0]
-            limit = f" ({reason})" if re.search(r"[<>]=? |length|matching|multiple", reason) else ""
+            bound = re.search(r"[<>]=? \S+$", reason)
+            limit = f" {bound[0]}" if bound else f" ({reason})" if re.search(r"length|matching|multiple", reason) else ""
+            extras = get_args(hint)[1:] if bound and get_origin(hint) is Annotated else ()
+            meaning = next((f" ({each.description})" for each in extras if isinstance(each, msgspec.Meta) and each.description), "")
             remedy = f"; did you mean {near!r}?" if near else ""
             said = "" if self.place(path).startswith("--") else f"{dotted(path)} = {value!r}: "  # an argument shows its value
-            self.refuse(path, f"{said}expected {words(hint)}{limit}{remedy}")
+            self.refuse(path, f"{said}expected {words(hint)}{limit}{meaning}{remedy}")
             return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,10 +13,12 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
-def check_model(path: str, *, tokenizer: bool = True) -> None:
-    """Raise ModelError if `path` is a folder that lacks a config, weights or a tokenizer, or is neither folder nor hub name.
+def check_model(path: str, *, tokenizer: bool = True, chat_template: bool = False) -> None:
+    """Raise ModelError if `path` is a folder that lacks a config, weights, tokenizer or (if asked) a chat template, or is
+    neither folder nor hub name.
 
-    Whether a hub name exists is only found out when it is loaded.
+    It costs next to nothing: controllers call it before anything starts. What only loading can tell (a hub name that does
+    not exist, a torn file) is told by the members' set-up.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -39,8 +42,24 @@ def check_model(path: str, *, tokenizer: bool = True) -> None:
             have=have,
             remedy="finish the download, or save the model into it with save_pretrained (pickled .bin files are not read)",
         )
-    if tokenizer:
+    if tokenizer or chat_template:
         check_tokenizer(folder)
+    if chat_template and not _has_template(folder):
+        raise ModelError(
+            f"The tokenizer of {path} has no chat template, so there is no telling where a prompt ends.",
+            remedy="use an instruction-tuned model, or put the template into the model folder as chat_template.jinja",
+        )
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether one of the places where transformers keeps chat templates holds something."""
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")):
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -155,7 +155,7 @@ strategy = "PACKED"
         (["--learning-rate", "3"], "--learning-rate 3: unknown key; did you mean --policy.learning-rate?"),
         (["--steps", "x"], "--steps x: expected a whole number"),
         (["--steps", "1.5"], "--steps 1.5: expected a whole number"),
-        (["--steps", "0"], "--steps 0: expected a whole number (Expected `int` >= 1)"),
+        (["--steps", "0"], "--steps 0: expected a whole number >= 1 (optimiser steps)"),
         (["--steps"], "--steps: needs a value, a whole number"),
         (["--debug", "maybe"], "--debug maybe: expected true or false"),
         (["--no-steps"], "--no-steps: unknown key; did you mean --steps?"),
