@@ -110,6 +110,10 @@ class Run:
             line.update(group.drain())
             if group.version:
                 line[f"{group.name}/version"] = group.version
+        if scores is not None and len(scores.scored):  # a reward of one's own need not measure itself
+            line.setdefault("reward/failed", float((scores.status == scores.STATUS.index("failed")).mean()))
+            if scores.scored.any():
+                line.setdefault("reward/mean", float(scores.values[scores.scored].mean()))
         line["time/step_s"] = time.monotonic() - self._step_started
         line["time/run_s"] = time.monotonic() - self._started
         line["controller/fetched_bytes"], line["controller/forwarded_bytes"] = TRAFFIC.fetched, TRAFFIC.forwarded
