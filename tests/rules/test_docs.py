@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from rolecall.placement.command import FITS, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -125,6 +126,13 @@ def test_the_page_of_messages_is_what_the_classes_say():
     spec.loader.exec_module(generate)
     committed = (ROOT / "docs" / "messages.md").read_text(encoding="utf-8")
     assert committed == generate.page(), "run: python docs/generate.py messages"
+
+
+def test_the_plan_in_the_page_of_placement_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert plan(ROOT / "examples" / "grpo-unlike.toml", ROOT / "examples" / "cluster-unlike.toml") == FITS
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert printed in (ROOT / "docs" / "placement.md").read_text(encoding="utf-8"), "run it with COLUMNS=100 and paste what it prints"
 
 
 def test_the_rules_can_fail():
