@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 from rolecall.actors.config import parse
-from rolecall.protocols import RolecallError, UserError
+from rolecall.protocols import PlanError, RolecallError, UserError
 
 A = TypeVar("A", bound=msgspec.Struct)
 
@@ -24,6 +24,9 @@ def launch(main: Callable[[A], None], args: type[A], argv: Sequence[str] | None 
     parsed = parse(args, argv)
     try:
         main(parsed)
+    except PlanError as error:
+        _show_reasons(error)
+        sys.exit(USER_MISTAKE)
     except UserError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(USER_MISTAKE)
@@ -37,3 +40,12 @@ def launch(main: Callable[[A], None], args: type[A], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         print("\ninterrupted: members and placement groups were ended; the run folder is kept.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _show_reasons(error: PlanError) -> None:
+    from rich.console import Console
+    from rolecall.placement.table import reasons_table
+
+    console = Console(stderr=True, markup=False)  # names may hold brackets
+    console.print(reasons_table(error))
+    console.print(error.message.rpartition(error.reasons[-1])[2].strip() or "Nothing was started.", soft_wrap=True, highlight=False)
