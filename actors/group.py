@@ -112,6 +112,8 @@ class Group:
         if not self._actors or not ray.is_initialized():
             return
         actors, self._actors = self._actors, []
+        if self._setup is not None and not self._setup.done():
+            seconds = 0.0  # still setting up, so it would not even hear of it: a long load must not hold up the end of a run
         try:
             goodbyes = [actor.close.remote() for actor in actors]
             ray.wait(goodbyes, num_returns=len(goodbyes), timeout=seconds)
