@@ -72,7 +72,7 @@ class Group:
             setup, self._setup = self._setup, None
             try:
                 setup.wait()
-            except Exception:
+            except BaseException:  # Ctrl-C too
                 self._setup = setup  # whoever asks next is told the same
                 raise
 
