@@ -23,10 +23,10 @@ class Args(RunArgs, frozen=True, kw_only=True):
     task: Annotated[ReasoningGym, Meta(description="where problems come from")] = SUMS
     ask: Annotated[str, Meta(description="added to each problem")] = " Give only the final answer."
     held_out: Annotated[int, Meta(ge=1, description="problems that accuracy is measured on")] = 256
-    steps: Annotated[int, Meta(ge=1, description="updates")] = 60
+    steps: Annotated[int, Meta(ge=1, description="updates")] = 40
     prompts: Annotated[int, Meta(ge=1, description="prompts a step")] = 8
     group_size: Annotated[int, Meta(ge=2, description="completions a prompt, compared with each other")] = 8
-    max_tokens: Annotated[int, Meta(ge=1, description="longest completion")] = 24
+    max_tokens: Annotated[int, Meta(ge=1, description="longest completion")] = 16
     learning_rate: Annotated[float, Meta(gt=0, description="of AdamW")] = 1e-5
     kl: Annotated[float, Meta(ge=0, description="weight of the KL to the reference")] = 0.001
 
