@@ -218,7 +218,7 @@ def together(*names: str, members: int = 1, cpus: float = 1.0, gpus: float = 0.0
         names: of the pools; the first one owns the bundles.
         members: of each pool.
         cpus: CPUs of a bundle.
-        gpus: GPUs of a bundle, counted at the first pool; its device is given to all of them.
+        gpus: GPUs of a bundle, all the first pool's; the others run on its CPUs. To divide a device, write the pools out.
     """
     first, *others = names
     return Pool(first, members=members, cpus=cpus, gpus=gpus), *(Pool(name, members=members, cpus=0, shares=first) for name in others)

@@ -127,7 +127,8 @@ class Policy(Role):
     def update(self, learning_rate: float) -> int:
         """Step the optimiser with the gradients of all members; every member must be called.
 
-        A gradient that is not finite is dropped: weights and version stay as they are, and the metric `skipped` is 1.
+        A gradient that is not finite, or 0 throughout (no sample was scored, or none differed), moves nothing: weights and
+        version stay as they are, and the metric `skipped` is 1.
 
         Args:
             learning_rate: before warmup and schedule.

@@ -119,12 +119,13 @@ class Training:
         """Add the gradients up over the members, clip them, step, and start anew from 0.
 
         Returns:
-            The gradient's norm before clipping, and whether the step was taken: not if the norm is not finite; the weights
-            are then as they were, in all members.
+            The gradient's norm before clipping, and whether the step was taken: not if the norm is not finite, nor if it is 0
+            (every sample failed or none differed), where only momentum would move. The weights are then as they were, in all
+            members.
         """
         self.gradients.add_up(self.meeting)
         norm = self.gradients.clip(clip)
-        sound = math.isfinite(norm)
+        sound = math.isfinite(norm) and norm > 0.0
         if sound:
             self.optimiser.step(learning_rate)
         self.gradients.clear()

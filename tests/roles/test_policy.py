@@ -223,11 +223,17 @@ def test_a_loss_of_another_shape_is_refused_and_leaves_no_gradient(tiny: str) ->
         policy.accumulate(batch, lambda tokens: (nll(tokens)[0], {"mean": tokens.old.mean()}))
 
 
-def test_a_batch_without_rows_counts_nothing(tiny: str) -> None:
+def test_where_nothing_was_scored_nothing_moves_not_even_by_momentum(tiny: str) -> None:
     policy = ready(tiny)
     samples = tiny_samples(2, 2)
-    assert policy.accumulate(pack_samples(samples, None, np.zeros(4), capacity=64), nll).sums == {}
+    policy.accumulate(train_data(policy, samples)[0], nll)
     assert policy.update(1e-3) == 1
+    before = {name: tensor.clone() for name, tensor in policy._training.model.named_tensors().items()}
+    policy.meter.drain()
+    assert policy.accumulate(pack_samples(samples, None, np.zeros(4), capacity=64), nll).sums == {}
+    assert policy.update(1e-3) == 1, "the version stays"
+    assert policy.meter.drain()["skipped"] == (1.0, 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy._training.model.named_tensors().items())
 
 
 def test_a_share_without_samples_has_no_logprobs(tiny: str) -> None:
