@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -46,7 +47,7 @@ class Run:
     """
 
     def __init__(self, args: RunArgs) -> None:
-        name = args.name or f"{type(args).__module__.rpartition('.')[2].strip('_')}-{datetime.now():%Y%m%d-%H%M%S}"
+        name = args.name or f"{_script(args)}-{datetime.now():%Y%m%d-%H%M%S}"
         self.args, self.name = args, name
         self.folder = (Path(args.runs) / name).absolute()
         try:
@@ -167,3 +168,9 @@ class Run:
                 }
             )
         )
+
+
+def _script(args: RunArgs) -> str:
+    """The controller's name: that of the file, also when it is run as a script."""
+    module = type(args).__module__
+    return Path(sys.argv[0]).stem if module == "__main__" else module.rpartition(".")[2]
