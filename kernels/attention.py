@@ -1,13 +1,146 @@
-"""Who may attend to whom in packed rows.
+"""Attention over packed rows and over cached keys: who may attend to whom, and the weighted mean itself.
 
-R rows, C capacity, S segments. A segment is one sequence within a row; it may continue a parent segment, as the
-completions of one prompt continue the prompt.
+Shape letters: R rows, C slots of a row (queries), K keys, H query heads, G key heads (H is a multiple of G), d size of a
+head, S segments. A segment is one sequence within a row; it may continue a parent segment, as the completions of one
+prompt continue the prompt.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+class Packed:
+    """Packed rows: each slot sees its own segment up to itself, and the segments that this one continues.
+
+    Args:
+        segments: [R, C] int, number of the segment of each slot, -1 where there is none. Ancestors come earlier in the row.
+        parents: [S] int, segment that each one continues, -1 for none.
+        positions: [R, C] int, of each slot within its sequence, parents included.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+
+    def __init__(self, segments: Tensor, parents: Tensor, positions: Tensor) -> None:
+        if segments.ndim != 2 or positions.shape != segments.shape or parents.ndim != 1:
+            raise ValueError(
+                f"Shapes disagree. Asked: segments {tuple(segments.shape)}, parents {tuple(parents.shape)}, positions "
+                f"{tuple(positions.shape)}. Do: give segments [R, C], parents [S], positions [R, C]."
+            )
+        self.segments, self.parents, self.positions = segments, parents, positions
+        self._dense: dict[int, Tensor] = {}
+
+    def dense(self, window: int = 0) -> Tensor:
+        """[R, 1, C, C] bool, True where query i may attend to key j; kept, so that layers share it.
+
+        Args:
+            window: a slot sees only keys whose position is greater than its own less this; 0 for no such limit.
+
+        Raises:
+            ValueError: a segment has no entry in `parents`, parents go in a circle, or the window is negative.
+        """
+        if window not in self._dense:
+            mask = packed_mask(self.segments, self.parents)
+            self._dense[window] = _near(mask, self.positions, self.positions, window)
+        return self._dense[window]
+
+
+class Dense:
+    """Rows whose keys are not their queries: cached decoding, and prefill after a shared beginning.
+
+    Args:
+        mask: [R, 1, C, K] bool, True where query i may attend to key j, windows left aside. Every query has a True.
+        positions: [R, C] int, of each query within its sequence.
+        key_positions: [R, K] int, of each key; anything where no query may look.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+
+    def __init__(self, mask: Tensor, positions: Tensor, key_positions: Tensor) -> None:
+        if mask.ndim != 4 or mask.shape[1] != 1 or positions.shape != mask.shape[::2] or key_positions.shape != mask.shape[::3]:
+            raise ValueError(
+                f"Shapes disagree. Asked: mask {tuple(mask.shape)}, positions {tuple(positions.shape)}, key_positions "
+                f"{tuple(key_positions.shape)}. Do: give mask [R, 1, C, K], positions [R, C], key_positions [R, K]."
+            )
+        self.mask, self.positions, self.key_positions = mask, positions, key_positions
+        self._dense: dict[int, Tensor] = {}
+
+    def dense(self, window: int = 0) -> Tensor:
+        """As `Packed.dense`, [R, 1, C, K]."""
+        if window not in self._dense:
+            self._dense[window] = _near(self.mask, self.positions, self.key_positions, window)
+        return self._dense[window]
+
+
+Where = Packed | Dense
+
+
+def attend(
+    q_RHCd: Tensor,
+    k_RGKd: Tensor,
+    v_RGKd: Tensor,
+    where: Where,
+    *,
+    window: int = 0,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax of scaled products over the keys that each query may see, times the values; differentiable.
+
+    Args:
+        q_RHCd: queries [R, H, C, d].
+        k_RGKd: keys [R, G, K, d]; K is C under `Packed`. Query head h reads key head h * G // H.
+        v_RGKd: values [R, G, K, d].
+        where: who may attend to whom.
+        window: of a sliding window in positions, the query's own included; 0 for none.
+        scale: what products of queries and keys are multiplied by.
+        softcap: c replaces a scaled product x by c tanh(x / c) (Gemma 2); 0 for none.
+        sinks: [H] a logit a head that takes part in the softmax and has no value (GPT-OSS).
+
+    Returns:
+        [R, H, C, d] in the queries' dtype.
+
+    Raises:
+        ValueError: shapes disagree, softcap or window is negative, or what `Packed.dense` raises.
+    """
+    _check(q_RHCd, k_RGKd, v_RGKd, where, softcap, sinks)
+    if softcap or sinks is not None:
+        return attend_plain(q_RHCd, k_RGKd, v_RGKd, where, window=window, scale=scale, softcap=softcap, sinks=sinks)
+    grouped = q_RHCd.shape[1] != k_RGKd.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(
+        q_RHCd, k_RGKd, v_RGKd, attn_mask=where.dense(window), scale=scale, enable_gqa=grouped
+    )
+
+
+def attend_plain(
+    q_RHCd: Tensor,
+    k_RGKd: Tensor,
+    v_RGKd: Tensor,
+    where: Where,
+    *,
+    window: int = 0,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same by the formula, in float32 or wider, with all products at once."""
+    _check(q_RHCd, k_RGKd, v_RGKd, where, softcap, sinks)
+    wide = torch.promote_types(q_RHCd.dtype, torch.float32)
+    times = q_RHCd.shape[1] // k_RGKd.shape[1]
+    keys, values = (part.to(wide).repeat_interleave(times, dim=1) for part in (k_RGKd, v_RGKd))
+    logits = q_RHCd.to(wide) @ keys.mT * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~where.dense(window), float("-inf"))
+    if sinks is not None:
+        rows, _, queries, _ = logits.shape
+        logits = torch.cat([logits, sinks.to(wide)[None, :, None, None].expand(rows, -1, queries, 1)], dim=-1)
+    weights = torch.softmax(logits, dim=-1)
+    return (weights[..., : keys.shape[2]] @ values).to(q_RHCd.dtype)
 
 
 def packed_mask(segments: Tensor, parents: Tensor) -> Tensor:
@@ -46,3 +179,28 @@ def packed_mask(segments: Tensor, parents: Tensor) -> Tensor:
     slots = torch.arange(segments.shape[-1], device=segments.device)
     causal = slots[:, None] >= slots[None, :]
     return ((related & causal) | (slots[:, None] == slots[None, :]))[:, None]
+
+
+def _near(mask: Tensor, positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
+    """The mask, keys out of the window left out."""
+    if window < 0:
+        raise ValueError(f"A window is a number of positions. Asked: window={window}. Do: give 1 or more, or 0 for no window.")
+    if not window:
+        return mask
+    return mask & (key_positions[:, None, None, :] > positions[:, None, :, None] - window)
+
+
+def _check(q_RHCd: Tensor, k_RGKd: Tensor, v_RGKd: Tensor, where: Where, softcap: float, sinks: Tensor | None) -> None:
+    rows, heads, queries, size = q_RHCd.shape
+    shape = (*where.segments.shape, queries) if isinstance(where, Packed) else where.mask.shape[::2] + where.mask.shape[3:]
+    keys = k_RGKd.shape
+    if keys != v_RGKd.shape or keys[0] != rows or keys[3] != size or shape != (rows, queries, keys[2]) or heads % keys[1]:
+        raise ValueError(
+            f"Shapes disagree. Asked: queries {tuple(q_RHCd.shape)}, keys {tuple(keys)}, values {tuple(v_RGKd.shape)} for "
+            f"(rows, queries, keys) {tuple(shape)}. Do: give [R, H, C, d] and twice [R, G, K, d], H a multiple of G."
+        )
+    if softcap < 0 or (sinks is not None and sinks.shape != (heads,)):
+        raise ValueError(
+            f"A soft cap is not negative, sinks are one number a head. Asked: softcap={softcap}, sinks "
+            f"{None if sinks is None else tuple(sinks.shape)}. There is: {heads} heads. Do: give 0 and None where a model has none."
+        )
