@@ -18,7 +18,7 @@ from harness import ROUNDS, Timing
 
 VENDOR_RATE = 989e12  # FLOP/s, dense bf16 of an H100 or H200 (SXM) by the vendor's datasheet
 FLUSH = 2**28  # bytes written between samples: 5 times the 50 MB of an H100's L2
-MATMUL, COPY = 8192, 2**32  # side of the measured product; bytes of the measured copy
+MATMUL, COPY = 8192, 2**32  # side of the measured product; bytes read and written by the measured copy
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,19 @@ def require_gpu() -> torch.device:
 
 def rates(repeats: int = 20) -> Rates:
     """What this GPU reaches now: medians of single samples, L2 flushed. Takes about half a second."""
-    sides = [torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    product = torch.empty_like(sides[0])
-    multiply = sample(lambda: torch.mm(*sides, out=product), repeats)
-    del sides, product
+    return Rates(matmul=_matmul_rate(repeats), copy=_copy_rate(repeats))
+
+
+def _matmul_rate(repeats: int) -> float:
+    left, right = (torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(left)
+    return 2 * MATMUL**3 / statistics.median(sample(lambda: torch.mm(left, right, out=product), repeats))
+
+
+def _copy_rate(repeats: int) -> float:
     source = torch.randint(0, 2**31, (COPY // 16,), device="cuda", dtype=torch.int64)
     target = torch.empty_like(source)
-    copy = sample(lambda: target.copy_(source), repeats)
-    moved = 2 * source.nbytes
-    return Rates(matmul=2 * MATMUL**3 / statistics.median(multiply), copy=moved / statistics.median(copy))
+    return 2 * source.nbytes / statistics.median(sample(lambda: target.copy_(source), repeats))
 
 
 def both(before: Rates, after: Rates) -> Rates:
