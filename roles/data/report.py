@@ -1,0 +1,26 @@
+"""What became of the records: how many were read, used, cut, split, dropped, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+Outcome = Literal["read", "used", "cut", "split", "dropped", "noted"]
+
+
+class Report:
+    """Counts records by what became of them and why; of each reason the first place is remembered."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()  # (outcome, why) → records
+        self.first: dict[tuple[str, str], str] = {}  # (outcome, why) → where it happened first
+
+    def add(self, outcome: Outcome, why: str = "", *, place: str = "", number: int = 1) -> None:
+        """Count `number` records; "noted" is for what is used as it is, but worth knowing."""
+        self.counts[outcome, why] += number
+        if place:
+            self.first.setdefault((outcome, why), place)
+
+    def total(self, outcome: Outcome) -> int:
+        """Records of this outcome, whatever the reason."""
+        return sum(number for (found, _), number in self.counts.items() if found == outcome)
