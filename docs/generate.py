@@ -24,8 +24,8 @@ REPLIES = (messages.Receipt, base.Outline)  # what comes back to a controller be
 RULES = {"finite": "finite", "nats": "in nats: finite, above 0 only by rounding", "offsets": "begins at 0, never falls"}
 HEAD = """# Messages
 
-Made by `python docs/generate.py messages` from `protocols/messages.py`; don't edit it by hand. How messages travel, are checked and
-cut is in [protocol.md](protocol.md).
+Made by `python docs/generate.py messages` from `protocols/messages.py` and `protocols/packed.py`; don't edit it by hand. How messages
+travel, are checked and cut is in [protocol.md](protocol.md).
 
 {letters}
 
@@ -37,7 +37,7 @@ spans of one weights version. *dict of tuples* are columns: name → one value a
 def page() -> str:
     """The text of messages.md."""
     found = [kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, Message)]
-    kinds = [kind for kind in found if kind.__module__ == messages.__name__]  # in the order of the file
+    kinds = [kind for kind in found if kind.__module__ != base.__name__]  # in the order of the file, those of other files first
     letters = (inspect.getdoc(messages) or "").split("\n\n", 1)[1].replace("\n", " ")
     parts = [HEAD.format(letters=letters).strip()]
     parts += [section(kind) for kind in kinds]

@@ -22,8 +22,8 @@ class Tokens(NamedTuple):
     """The trained tokens of a pass, all [K] and on one device; floats are float32 (or all float64)."""
 
     logprobs: Tensor  # under the policy that is trained, nats; carries the gradient
-    old: Tensor  # when sampled
-    advantages: Tensor
+    old: Tensor | None  # when sampled; None in data that no rollout made
+    advantages: Tensor | None
     weights: Tensor  # in the loss; sum to 1 over all passes and members
     samples: Tensor  # int, which sample the token is of; tokens of one sample stand together, in order
     reference: Tensor | None = None  # logprobs under the reference model
@@ -62,15 +62,16 @@ def clipped_surrogate(
             f"Bounds of the ratio make no sense. Asked: low={low}, high={high}, dual={dual}. "
             "Do: give low >= 0, high >= 0, and dual > 1 (3 is usual) or 0 for none."
         )
-    log_ratio = (tokens.logprobs - tokens.old).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
+    old, advantages = sampled(tokens)
+    log_ratio = (tokens.logprobs - old).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     ratio = log_ratio.exp()
-    plain = -tokens.advantages * ratio
-    clipped = -tokens.advantages * ratio.clamp(1 - low, 1 + high)
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
     loss = plain.maximum(clipped)
     measures = {"ratio": ratio.detach(), "approx_kl": -log_ratio.detach(), "clip_fraction": (clipped > plain).to(loss.dtype)}
     if dual:
-        ceiling = -tokens.advantages * dual
-        decides = (tokens.advantages < 0) & (loss > ceiling)
+        ceiling = -advantages * dual
+        decides = (advantages < 0) & (loss > ceiling)
         measures["dual_fraction"] = decides.to(loss.dtype)
         loss = ceiling.where(decides, loss)
     return regularised(loss, measures, tokens, kl, entropy)
@@ -82,14 +83,29 @@ def policy_gradient(tokens: Tokens, *, kl: float = 0.0, entropy: float = 0.0) ->
     No ratio corrects for older weights; `approx_kl` shows how far from on-policy the samples are. Options, result and
     errors as in `clipped_surrogate`; measures are ratio, approx_kl, kl and entropy.
     """
-    loss = -tokens.advantages * tokens.logprobs
-    log_ratio = (tokens.logprobs.detach() - tokens.old).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
+    old, advantages = sampled(tokens)
+    loss = -advantages * tokens.logprobs
+    log_ratio = (tokens.logprobs.detach() - old).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     return regularised(loss, {"ratio": log_ratio.exp(), "approx_kl": -log_ratio}, tokens, kl, entropy)
 
 
 def nll(tokens: Tokens) -> tuple[Tensor, Measures]:
     """Negative log-likelihood: -logprob. For SFT and rejection sampling, where the weights choose the samples."""
     return regularised(-tokens.logprobs, {}, tokens, 0.0, 0.0)
+
+
+def sampled(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The logprobs when sampled and the advantages, both [K], for losses that need them.
+
+    Raises:
+        ValueError: the tokens were not sampled by a rollout.
+    """
+    if tokens.old is None or tokens.advantages is None:
+        raise ValueError(
+            "This loss compares with the policy that sampled. There is: a batch without old logprobs or advantages. "
+            "Do: pack samples of a rollout, or train with nll."
+        )
+    return tokens.old, tokens.advantages
 
 
 def kl_to_reference(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from rolecall.kernels.losses import Loss, Measures, Tokens, regularised
+from rolecall.kernels.losses import Loss, Measures, Tokens, regularised, sampled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,14 +125,15 @@ def _loss(tokens: Tokens, *, name: str, kl: float, entropy: float, config: dict[
     def lines(values: Tensor) -> Tensor:
         return values.new_zeros(len(lengths), int(lengths.max())).index_put((line, column), values)
 
+    old, advantages = sampled(tokens)
     mask = lines(torch.ones_like(tokens.logprobs))
     mode = "seq-mean-token-mean" if name in SEQUENCE_MEAN else "token-sum"
     ones = [torch.ones_like(mask).requires_grad_() for _ in range(2)]
     with torch.enable_grad():
         total, found = core.POLICY_LOSS_REGISTRY[name](
-            old_log_prob=lines(tokens.old),
+            old_log_prob=lines(old),
             log_prob=lines(tokens.logprobs),
-            advantages=lines(tokens.advantages),
+            advantages=lines(advantages),
             response_mask=mask,
             loss_agg_mode=mode,
             config=settings,

@@ -14,6 +14,7 @@ import numpy as np
 from rolecall.protocols import sense, units
 from rolecall.protocols.arrays import Int32T, NatsT, Offsets, Spec
 from rolecall.protocols.base import Divisible, Message, Outline
+from rolecall.protocols.packed import PackedBatch
 
 __all__ = [
     "Abstained", "Divisible", "Failed", "Logprobs", "Message", "Metrics", "Outline", "PackedBatch", "Prompts",
@@ -312,33 +313,6 @@ class Logprobs(Divisible, frozen=True, kw_only=True, eq=False):
             logprobs=units.joined([part.logprobs for part in parts]),
             cu_seqlens=units.offsets(units.joined([part.lengths for part in parts])),
         )
-
-
-class PackedBatch(Message, frozen=True, kw_only=True, eq=False):
-    """To the policy: rows of fixed capacity, and the flat list of tokens to train.
-
-    A segment attends to itself (causally) and to its parent segment, if it has one: the completions of one prompt are
-    segments whose parent is the prompt, so a prompt is computed once however many completions it has. Trained token k
-    is `targets[k]`, predicted from the hidden state at slot `sources[k]`.
-    """
-
-    capacity: int  # C
-    tokens: Annotated[Array, Spec("int32", "L")]
-    positions: Annotated[Array, Spec("int32", "L")]  # position within prompt + completion; 0 in unused slots
-    segments: Annotated[Array, Spec("int32", "L")]  # number of the segment, -1 in unused slots
-    parents: Annotated[Array, Spec("int32", "S")]  # segment that this one continues, -1 for none
-    sources: Annotated[Array, Spec("int64", "K")]
-    targets: Annotated[Array, Spec("int32", "K")]
-    weights: Annotated[Array, Spec("float32", "K", "finite")]  # of each token in the loss; they sum to 1 over all members
-    samples: Annotated[Array, Spec("int32", "K")]  # which sample, in the order of the Samples message
-    old: Annotated[Array, Spec("float32", "K", "nats")]  # logprob when sampled
-    advantages: Annotated[Array, Spec("float32", "K", "finite")]
-    reference: Annotated[Array, Spec("float32", "K", "nats")] | None = None
-    temperature: float = 1.0
-
-    def faults(self) -> Iterator[tuple[str, str]]:
-        """What the Specs can't say: whole rows, segments that tile, parents, sources and targets in range."""
-        return sense.packed(self)
 
 
 class Tensor(msgspec.Struct, frozen=True, kw_only=True):

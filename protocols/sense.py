@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from rolecall.protocols.messages import Logprobs, Metrics, PackedBatch, Prompts, Samples, Scores, Weights
+    from rolecall.protocols.messages import Logprobs, Metrics, Prompts, Samples, Scores, Weights
+    from rolecall.protocols.packed import PackedBatch
 
 Array = np.ndarray
 Faults = Iterator[tuple[str, str]]
@@ -79,6 +80,11 @@ def packed(message: PackedBatch) -> Faults:
     if message.capacity < 1 or slots % message.capacity:
         yield "capacity", f"is {message.capacity}, and {slots} slots are no whole rows of it"
         return
+    yield from _keys(message.keys)
+    if len(message.keys) * message.capacity != slots:
+        yield "keys", f"are those of {len(message.keys)} rows of {message.capacity}, but there are {slots} slots"
+    if message.costs.min(initial=0) < 0:
+        yield "costs", "are below 0"
     yield from _token_ids("tokens", message.tokens)
     yield from _token_ids("targets", message.targets)
     if np.any(message.samples < 0):
@@ -94,6 +100,12 @@ def packed(message: PackedBatch) -> Faults:
         yield "sources", f"are not within the {slots} slots"
     elif np.any(message.segments[message.sources] < 0):
         yield "sources", "point at unused slots"
+    elif np.any(np.diff(message.sources // message.capacity) < 0):
+        yield "sources", "are not ordered by row"
+    else:
+        own = message.samples[np.flatnonzero(np.diff(message.samples, prepend=-1))]
+        if len(np.unique(own)) != len(own):
+            yield "samples", "come in pieces: the tokens of one sample must stand together"
 
 
 def weights(message: Weights) -> Faults:
@@ -177,10 +189,9 @@ def _segments(segments: Array, positions: Array, parents: Array, capacity: int) 
     fresh[::capacity] = True
     begins = np.flatnonzero(fresh & (segments >= 0))  # slot where each run of a segment begins
     own = segments[begins]
-    if len(own) != number or not np.array_equal(np.sort(own), np.arange(number)):
-        return "segments", f"lie in {len(own)} runs of slots; each of the {number} must be one, within one row"
-    first = np.empty(number, np.int64)
-    first[own] = begins
+    if not np.array_equal(own, np.arange(number)):
+        return "segments", f"lie in {len(own)} runs of slots; each of the {number} must be one, within one row, numbered as they lie"
+    first = begins
     sizes = np.bincount(segments[segments >= 0], minlength=number)
     parent = np.flatnonzero(parents >= 0)
     of = parents[parent]

@@ -19,7 +19,8 @@ from rolecall.kernels.packing import balance, pack_rows
 from rolecall.protocols.errors import DataError, MessageError
 from rolecall.protocols.messages import Logprobs, PackedBatch, Samples
 
-__all__ = ["balance", "pack_samples", "scatter", "take_rows", "token_mean"]  # two from the kernels: the shell may not import those itself
+# two are from the kernels: the shell may not import those itself
+__all__ = ["balance", "pack_samples", "scatter", "take_rows", "token_mean", "weigh"]
 
 Int64 = npt.NDArray[np.int64]
 ROUND = 16  # slots; `take_rows` cuts rows to a multiple of it
@@ -80,8 +81,11 @@ def pack_samples(
     slots = segments.slot[which] + inside
     filled = (int(slots[-1]) // capacity + 1) * capacity if len(slots) else 0
     sources = np.where(within == 0, np.repeat(first_source, lengths), np.repeat(own_slot, lengths) + within - 1)
+    rows = filled // capacity
     return PackedBatch(
         capacity=capacity,
+        keys=np.arange(rows),
+        costs=np.bincount(slots // capacity, minlength=rows),
         tokens=_placed(filled, slots, samples.tokens[segments.source[which] + inside], 0),
         positions=_placed(filled, slots, segments.position[which] + inside, 0),
         segments=_placed(filled, slots, which, -1),
@@ -121,27 +125,30 @@ def take_rows(packed: PackedBatch, start: int, stop: int) -> PackedBatch:
 
     Its rows and segments are numbered from 0; trained tokens keep their order and their sample numbers.
     """
-    capacity = packed.capacity
-    rows = slice(start * capacity, stop * capacity)
-    low, high = np.searchsorted(packed.sources // capacity, [start, stop])
-    row, slot = np.divmod(packed.sources[low:high] - rows.start, capacity)
-    grid = packed.segments[rows].reshape(-1, capacity)
-    used = np.flatnonzero((grid >= 0).any(axis=0))
+    part = packed.take(range(start, stop))
+    capacity = part.capacity
+    used = np.flatnonzero((part.segments.reshape(-1, capacity) >= 0).any(axis=0))
     width = min(capacity, -(-(int(used[-1]) + 1) // ROUND) * ROUND) if len(used) else capacity
-    first, last = (int(grid[grid >= 0].min()), int(grid.max()) + 1) if len(used) else (0, 0)  # they are numbered as they lie
-    parents = packed.parents[first:last]
-    flat = {name: getattr(packed, name)[low:high] for name in ("targets", "weights", "samples", "old", "advantages")}
-    return msgspec.structs.replace(
-        packed,
-        capacity=width,
-        tokens=packed.tokens[rows].reshape(-1, capacity)[:, :width].ravel(),
-        positions=packed.positions[rows].reshape(-1, capacity)[:, :width].ravel(),
-        segments=np.where(grid >= 0, grid - first, -1)[:, :width].ravel(),
-        parents=np.where(parents >= 0, parents - first, -1),
-        sources=row * width + slot,
-        reference=None if packed.reference is None else packed.reference[low:high],
-        **flat,
-    )
+    if width == capacity:
+        return part
+    row, slot = np.divmod(part.sources, capacity)
+    narrow = {name: getattr(part, name).reshape(-1, capacity)[:, :width].ravel() for name in ("tokens", "positions", "segments")}
+    return msgspec.structs.replace(part, capacity=width, sources=row * width + slot, **narrow)
+
+
+def weigh(packed: PackedBatch, weights: npt.ArrayLike) -> PackedBatch:
+    """The batch with each trained token's weight multiplied by that of its sample.
+
+    Args:
+        packed: rows whose weights are relative: 1 a token where all count the same.
+        weights: [N] float, for the samples as they lie in the batch (the order of its outline's `lengths`).
+
+    Raises:
+        DataError: they are not N finite numbers.
+    """
+    _, lengths = packed.runs()
+    each = _per_sample("weights", weights, 1.0, len(lengths))
+    return msgspec.structs.replace(packed, weights=packed.weights * np.repeat(each, lengths))
 
 
 def _check_reference(samples: Samples, reference: Logprobs | None) -> None:

@@ -107,6 +107,8 @@ def packed(draw: Any) -> PackedBatch:
     many = len(trained)
     return PackedBatch(
         capacity=capacity,
+        keys=random.permutation(1000)[:rows],
+        costs=random.integers(0, 9, rows),
         tokens=random.integers(0, 2**31, rows * capacity, dtype=np.int32),
         positions=np.tile(np.append(place, 0), rows).astype(np.int32),
         segments=segments,
@@ -115,10 +117,11 @@ def packed(draw: Any) -> PackedBatch:
         targets=random.integers(0, 2**31, many, dtype=np.int32),
         weights=random.random(many, dtype=np.float32),
         samples=np.arange(many, dtype=np.int32),
-        old=-random.random(many, dtype=np.float32),
-        advantages=random.normal(size=many).astype(np.float32),
+        old=draw(st.sampled_from([None, -random.random(many, dtype=np.float32)])),
+        advantages=draw(st.sampled_from([None, random.normal(size=many).astype(np.float32)])),
         reference=draw(st.sampled_from([None, -random.random(many, dtype=np.float32)])),
         temperature=draw(st.floats(0, 2)),
+        tokenizer=draw(WORDS),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rolecall.kernels.losses import Tokens
 from rolecall.protocols.errors import UserError
 from rolecall.protocols.messages import PackedBatch
@@ -51,7 +52,7 @@ class Training:
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        named = {name: parameter for name, parameter in model.net.named_parameters() if parameter.requires_grad}
+        named = model.named_parameters()
         self.model = model
         self.tokenizer = tokenizer
         self.meeting = meeting
@@ -88,16 +89,17 @@ class Training:
     def _one_pass(self, part: PackedBatch, loss: Loss, sums: Sums) -> None:
         logprobs, entropy = packed_logprobs(self.model, part)
 
-        def put(values: object) -> Tensor:
-            return on_device(values, logprobs.device).to(logprobs.dtype)  # type: ignore[arg-type]
+        def put(values: np.ndarray | None) -> Tensor | None:
+            return None if values is None else on_device(values, logprobs.device).to(logprobs.dtype)
 
+        weights = on_device(part.weights, logprobs.device).to(logprobs.dtype)
         tokens = Tokens(
             logprobs=logprobs,
             old=put(part.old),
             advantages=put(part.advantages),
-            weights=put(part.weights),
+            weights=weights,
             samples=on_device(part.samples, logprobs.device),
-            reference=None if part.reference is None else put(part.reference),
+            reference=put(part.reference),
             entropy=entropy,
         )
         each, measures = loss(tokens)
@@ -108,10 +110,11 @@ class Training:
                 ask=f"shape {tuple(logprobs.shape)}",
                 remedy="return (loss [K], measures {name: [K]}) and let the weights make the mean",
             )
-        weighted = each * tokens.weights
+        weighted = each * weights
         weighted.sum().backward()
         sums.add("loss", weighted)
-        sums.add("logprob_gap", (logprobs.detach() - tokens.old).abs())
+        if tokens.old is not None:
+            sums.add("logprob_gap", (logprobs.detach() - tokens.old).abs())
         for name, values in measures.items():
             sums.add(name, values)
 

@@ -57,6 +57,8 @@ def packed(**changes: Any) -> PackedBatch:
     """Two rows of six: a prompt of two tokens with completions of two and one slots; a sequence of three, three unused."""
     fields = {
         "capacity": 6,
+        "keys": np.array([3, 9]),
+        "costs": np.array([5, 3]),
         "tokens": np.arange(12, dtype=I32),
         "positions": np.array([0, 1, 2, 3, 2, 0, 0, 1, 2, 0, 0, 0], I32),
         "segments": np.array([0, 0, 1, 1, 2, -1, 3, 3, 3, -1, -1, -1], I32),
@@ -110,6 +112,12 @@ NONSENSE = [
     (logprobs, "version", -1, "below 0"),
     (packed, "capacity", 5, "12 slots are no whole rows"),
     (packed, "capacity", 0, "no whole rows"),
+    (packed, "keys", np.array([3, 3]), "a key twice"),
+    (packed, "keys", np.array([3]), "has 2 entries, but keys says that there are 1"),
+    (packed, "costs", np.array([5, -3]), "below 0"),
+    (packed, "sources", np.array([7, 1, 2, 4]), "not ordered by row"),
+    (packed, "samples", row(0, 1, 0, 2), "come in pieces"),
+    (packed, "segments", row(1, 1, 0, 0, 2, -1, 3, 3, 3, -1, -1, -1), "numbered as they lie"),
     (packed, "positions", row(0, 1, 2, 3, 3, 0, 0, 1, 2, 0, 0, 0), "do not count up"),
     (packed, "positions", row(0, 1, 2, 3, 2, 1, 0, 1, 2, 0, 0, 0), "not 0 in unused"),
     (packed, "segments", row(0, 0, 1, 1, 2, -1, 3, 3, 3, 4, -1, -1), "not -1 or a number below 4"),

@@ -12,7 +12,7 @@ from rolecall.kernels.attention import packed_mask
 from rolecall.protocols import check
 from rolecall.protocols.errors import DataError, MessageError
 from rolecall.protocols.messages import Logprobs, Samples
-from rolecall.roles.packing import pack_samples, scatter, take_rows
+from rolecall.roles.packing import pack_samples, scatter, take_rows, weigh
 
 
 def make_samples(groups, seed=0):
@@ -193,3 +193,35 @@ def test_refusals_name_the_field():
 
 def make_copy(samples, **changes):
     return msgspec.structs.replace(samples, **changes)
+
+
+def test_rows_in_any_order_and_samples_weighed():
+    samples = make_samples([(5, [4, 1, 3]), (2, [7, 7]), (3, [6]), (4, [9, 2])])
+    packed = pack_samples(samples, capacity=16)
+    outline = packed.outline()
+    assert outline.sizes.tolist() == (packed.segments.reshape(-1, 16) >= 0).sum(axis=1).tolist()
+    assert int(outline.lengths.sum()) == len(packed.targets)
+    assert int(outline.counts.sum()) == len(outline.lengths) == 8
+    order = np.arange(len(packed.keys))[::-1]
+    turned = packed.take(order)
+    check(turned)
+    assert turned.keys.tolist() == packed.keys[::-1].tolist()
+    # weights follow their samples wherever the rows go
+    each = np.random.default_rng(0).random(8).astype(np.float32)
+    flat = scatter(packed, weigh(packed, each).weights, samples)
+    where = np.concatenate([np.flatnonzero(packed.runs()[0] == row) for row in order])
+    np.testing.assert_array_equal(scatter(turned, weigh(turned, each[where]).weights, samples), flat)
+    with pytest.raises(DataError, match=r"weights of shape \(3,\).*8 samples"):
+        weigh(packed, each[:3])
+
+
+def test_batches_that_differ_in_what_they_know_are_not_joined():
+    packed = pack_samples(make_samples([(5, [4, 1, 3])]), capacity=16)
+    bare = make_copy(packed, old=None)
+    with pytest.raises(MessageError, match="some parts have 'old' and some have not"):
+        type(packed).join([packed, bare])
+    with pytest.raises(MessageError, match="capacity is 16 in one part and 32"):
+        type(packed).join([packed, pack_samples(make_samples([(5, [4])]), capacity=32)])
+    both = type(packed).join([bare, bare])
+    assert both.old is None
+    assert both.samples.tolist() == [*bare.samples.tolist(), *(bare.samples + 3).tolist()]
