@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from rolecall.kernels.attention import packed_mask
+from rolecall.kernels.attention import Packed
 from rolecall.kernels.logprobs import token_logprobs
 from rolecall.protocols.messages import Logprobs, PackedBatch, Samples
 from rolecall.roles.models.causal import CausalModel
@@ -36,14 +36,16 @@ def packed_logprobs(model: CausalModel, part: PackedBatch) -> tuple[Tensor, Tens
         logprobs [K], entropy [K], at the batch's temperature, in nats, float32 (float64 for a float64 model).
     """
     model.check_length(int(part.positions.max()) + 1)
+    model.check_tokens(int(part.tokens.min()), int(part.tokens.max()))
     width = part.capacity
     tokens, positions, segments = (
         on_device(values, model.device).view(-1, width) for values in (part.tokens, part.positions, part.segments)
     )
-    mask = packed_mask(segments, on_device(part.parents, model.device))
-    hidden = model.hidden(tokens.long(), positions.long(), mask)
+    where = Packed(segments, on_device(part.parents, model.device), positions)
+    hidden = model.hidden(tokens.long(), positions.long(), where)
     picked = hidden.reshape(-1, hidden.shape[-1])[on_device(part.sources, model.device)]
-    return token_logprobs(picked, model.head, on_device(part.targets, model.device), temperature=part.temperature)
+    head = model.head if len(model.head) == model.spec.vocab else model.head[: model.spec.vocab]
+    return token_logprobs(picked, head, on_device(part.targets, model.device), temperature=part.temperature)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Keys and values of the sequences in work, in slots; both classes are caches as transformers' attention layers call them.
+"""Keys and values of the sequences in work, in slots; both classes are caches as attention layers call them.
 
 Shape letters: A active sequences, S slots, H key/value heads, L columns (positions), D size of a head, C packed row.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from rolecall.kernels.attention import Dense
 from torch import Tensor
 
 BLOCK = 64  # columns that a slot grows by
@@ -77,8 +78,8 @@ class SlotCache:
         found = self._data[:, :, sources, :, :columns]
         self._data[:, :, targets, :, :columns] = found
 
-    def step(self, places_A: Tensor, longest: int) -> Tensor:
-        """Get ready for a forward of one token a sequence; returns the mask of what each may attend to, bool [A, 1, 1, L].
+    def step(self, places_A: Tensor, longest: int) -> Dense:
+        """Get ready for a forward of one token a sequence; returns what each may attend to, of L columns.
 
         Args:
             places_A: int64, how many tokens each sequence holds already: the column its token is written to.
@@ -87,7 +88,9 @@ class SlotCache:
         self.reserve(longest + 1)
         self._places = places_A
         self._read = min(-(-(longest + 1) // ALIGN) * ALIGN, self._data.shape[4])
-        return (torch.arange(self._read, device=places_A.device) <= places_A[:, None])[:, None, None]
+        columns = torch.arange(self._read, device=places_A.device)  # a column is a position
+        seen = (columns <= places_A[:, None])[:, None, None]
+        return Dense(seen, places_A[:, None], columns.expand(len(places_A), -1))
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by each attention layer: write the new token's [A, H, 1, D], return all [A, H, L, D] as views."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from rolecall.kernels.attention import packed_mask
+from rolecall.kernels.attention import Dense, packed_mask
 from rolecall.protocols.messages import Samples
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.rollout.cache import PrefillCache, SlotCache
@@ -75,7 +75,7 @@ class Engine:
         self._model, self._slots, self._ends = model, slots, ends
         self._device = model.device
         row = ROW_TOKENS[self._device.type]
-        self.row_tokens = min(row, model.spec.window or row)
+        self.row_tokens = min(row, model.longest or row)
         self.prefilled = 0  # prompt tokens computed, all runs
         self.steps = 0  # decode forwards, all runs
 
@@ -196,8 +196,9 @@ class _Run:
         positions = self._put(np.arange(len(starts)) - starts + before)
         own = packed_mask(self._put(np.repeat(np.arange(len(rows)), lengths))[None], self._put(np.full(len(rows), -1)))
         mask = torch.cat((own.new_ones((1, 1, len(starts), before)), own), dim=3)
+        keys = torch.cat((torch.arange(before, device=self._device), positions))
         caught = PrefillCache(self._before)
-        hidden = self._model.hidden(tokens[None], positions[None], mask, cache=caught)[0]
+        hidden = self._model.hidden(tokens[None], positions[None], Dense(mask, positions[None], keys[None]), cache=caught)[0]
         self._engine.prefilled += len(starts)
         return caught.whole(), hidden
 
@@ -212,7 +213,10 @@ class _Run:
             logits = hidden_AD.float() @ head.float().T
         seeds = np.array([one.seed for one in self._active], dtype=np.uint64)
         drawn = uniforms(seeds, np.array([len(one.answer.tokens) for one in self._active]))
-        return choose(logits, self._sampling, self._put(drawn))
+        cap = self._model.spec.logit_softcap
+        if cap:
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        return choose(logits[:, : self._model.spec.vocab], self._sampling, self._put(drawn))
 
     def _record(self, tokens: list[int], logprobs: list[float]) -> list[int]:
         """Write the new tokens down; returns the slots that go on."""
@@ -242,9 +246,9 @@ class _Run:
         """One forward of the newest token of each active sequence: hidden states [A, D]."""
         places = np.array([one.length - 1 for one in self._active])
         positions = self._put(places)
-        mask = self._cache.step(positions, int(places.max()))
+        where = self._cache.step(positions, int(places.max()))
         self._engine.steps += 1
-        return self._model.hidden(tokens_A[:, None], positions[:, None], mask, cache=self._cache)[:, 0]
+        return self._model.hidden(tokens_A[:, None], positions[:, None], where, cache=self._cache)[:, 0]
 
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

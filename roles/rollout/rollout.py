@@ -64,18 +64,16 @@ class Rollout(Role):
         """
         super().setup(member)
         from rolecall.roles.models import load
-        from rolecall.roles.rollout.attention import use_grouped_attention
         from rolecall.roles.rollout.engine import Engine
         from rolecall.roles.tokens import identity, load_tokenizer
 
         self._tokenizer: Any = load_tokenizer(self.model)
         self._identity = identity(self._tokenizer)
         self._model = load(self.model, dtype=self.dtype, device=member.device)
-        use_grouped_attention(self._model)
         ends = {*self._model.spec.stops, *([] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id])}
         self._engine = Engine(self._model, slots=self.slots, ends=frozenset(ends))
-        spec = self._model.spec
-        self.context = min(spec.max_positions, spec.window or spec.max_positions)
+        positions = self._model.spec.max_positions
+        self.context = min(positions, self._model.longest or positions)
 
     def generate(
         self,

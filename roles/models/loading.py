@@ -1,0 +1,127 @@
+"""Which implementation plays a model, and its loading: what `rolecall.roles.models.load` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from rolecall.protocols.errors import ModelError
+from rolecall.roles.models.causal import CausalModel
+from rolecall.roles.models.families import FAMILIES, Family
+from rolecall.roles.models.families.common import stops_of
+from rolecall.roles.models.folder import check_model
+from rolecall.roles.models.huggingface import load_huggingface
+from rolecall.roles.models.native import NativeModel
+from rolecall.roles.models.reading import read_into, weight_files
+from rolecall.roles.models.spec import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LOST = "no packing kernels, no vocabulary padding, no LoRA, no compiled blocks; rows no longer than a sliding window"
+
+log = logging.getLogger("rolecall.models")
+
+
+def load_causal(path: str, *, dtype: str = "float32", device: str = "cpu", native: bool | None = None, pad_vocab: int = 64) -> CausalModel:
+    """What `rolecall.roles.models.load` does."""
+    check_device(dtype, device)
+    if pad_vocab < 1:
+        raise ModelError("The vocabulary is padded to a multiple of at least 1.", ask=f"pad_vocab={pad_vocab}", remedy="give 64, or 1")
+    check_model(path, tokenizer=False)
+    if native is False:
+        return load_huggingface(path, dtype=DTYPES[dtype], device=device)
+    config = read_config(path)
+    try:
+        family, spec = family_of(config)
+    except ModelError as reason:
+        if native:
+            raise
+        model: CausalModel = load_huggingface(path, dtype=DTYPES[dtype], device=device)
+        model.notes = (f"{path} runs as its Hugging Face class: {reason}", f"so there is {LOST}", *model.notes)
+        log.warning("%s", "; ".join(model.notes))
+        return model
+    return _load_native(path, family, spec, config, dtype=DTYPES[dtype], device=device, pad_vocab=pad_vocab)
+
+
+def read_config(path: str) -> Any:
+    """The transformers config of a model. Raises ModelError if it can't be read."""
+    from transformers import AutoConfig
+
+    local = Path(path).expanduser()
+    try:
+        return AutoConfig.from_pretrained(str(local) if local.is_dir() else path)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"The model {path} can't be loaded: {reason}",
+            remedy="check that the folder is whole; for a hub name, that it is spelt right and the hub can be reached",
+        ) from error
+
+
+def family_of(config: Any) -> tuple[Family, ModelSpec]:
+    """The family of a config, and its spec.
+
+    Raises:
+        ModelError: the family, or a setting of the config, is not among those that our decoder has.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(f"there is no family {config.model_type!r} here.", have=", ".join(FAMILIES))
+    if getattr(config, "quantization_config", None):
+        raise ModelError("its weights are quantised.", remedy="use a float32 or bfloat16 copy of the model")
+    return family, family.spec(config)
+
+
+def check_device(dtype: str, device: str) -> None:
+    """Raise ModelError for a dtype that is unknown, a device that is not there, or one that lacks the dtype."""
+    if dtype not in DTYPES:
+        raise ModelError(f"There is no dtype {dtype!r}.", have=", ".join(DTYPES), remedy="choose one of these")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"There is no device {device!r}.", have="cpu, cuda:0, …", remedy="choose one of these") from error
+    if where.type == "cuda":
+        count = torch.cuda.device_count()
+        if (where.index or 0) >= count:
+            raise ModelError(
+                f"There is no device {device!r}.",
+                have=f"{count} CUDA devices",
+                remedy='give this pool GPUs, or use device="cpu"',
+            )
+        if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ModelError(
+                f"{torch.cuda.get_device_name(where)} does not compute in bfloat16.",
+                remedy='use dtype="float16" to sample and dtype="float32" to train',
+            )
+    elif where.type == "mps" and dtype == "float64":
+        raise ModelError("An Apple GPU has no float64.", remedy='use dtype="float32", or device="cpu"')
+
+
+def _load_native(
+    path: str, family: Family, spec: ModelSpec, config: Any, *, dtype: torch.dtype, device: str, pad_vocab: int
+) -> NativeModel:
+    generation = _generation(path)
+    spec = dataclasses.replace(spec, stops=stops_of(generation, config))
+    try:
+        files = weight_files(path)
+    except OSError as error:
+        raise ModelError(
+            f"The model {path} can't be loaded: {str(error).strip().splitlines()[0]}",
+            remedy="check that the name is spelt right and the hub can be reached",
+        ) from error
+    model = NativeModel(family, spec, config, generation, dtype=dtype, device=device, pad_vocab=pad_vocab)
+    read_into(path, files, model.named_tensors(), ignored=("lm_head.weight",) if spec.tied else ())
+    return model
+
+
+def _generation(path: str) -> Any:
+    """The generation config, or None where there is none."""
+    from transformers import GenerationConfig
+
+    local = Path(path).expanduser()
+    try:
+        return GenerationConfig.from_pretrained(str(local) if local.is_dir() else path)
+    except (OSError, ValueError):
+        return None
