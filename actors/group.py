@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rolecall.actors.packing import Packing
-from rolecall.actors.pending import TRAFFIC, Part, Pending
+from rolecall.actors.pending import Part, Pending
 from rolecall.actors.plans import CallPlan, Composed, Slices
 from rolecall.protocols import CallError, DataError, Divisible, Message, Receipt, UserError
 from rolecall.roles.packing import balance
@@ -162,7 +162,8 @@ def _split(group: Group, verb: str, arguments: tuple[Any, ...], options: dict[st
     held = [value for value in (*arguments, *options.values()) if isinstance(value, SPLITTABLE)]
     if not held:
         raise UserError(f"{group.name}.split.{verb}: none of its arguments can be split.", remedy="use .all for a call without a batch")
-    keys = [_keys(value) for value in held]
+    origins = {id(value.origin) if isinstance(value, Pending | Packing) else id(value) for value in held}
+    keys = [_keys(value) for value in (held if len(origins) > 1 else held[:1])]
     if any(len(other) != len(keys[0]) or bool((other != keys[0]).any()) for other in keys[1:]):
         raise DataError(
             f"{group.name}.split.{verb}: its messages are about different prompts ({', '.join(str(len(other)) for other in keys)} units).",
@@ -171,7 +172,11 @@ def _split(group: Group, verb: str, arguments: tuple[Any, ...], options: dict[st
     assignment = _assign(held[0], group.world)
     ranks = [rank for rank, units in enumerate(assignment) if len(units)]
     parts = tuple(_submit(group, rank, verb, arguments, options, assignment[rank]) for rank in ranks)
-    return Pending(parts, many=True, deadline=group.deadline, assignment=tuple(assignment[rank] for rank in ranks))
+    chosen = tuple(assignment[rank] for rank in ranks)
+    for part, units in zip(parts, chosen, strict=True):
+        part.keys = keys[0][units]
+    source = held[0].origin if isinstance(held[0], Pending | Packing) else None
+    return Pending(parts, many=True, deadline=group.deadline, assignment=chosen, source=source)
 
 
 def _keys(value: Any) -> np.ndarray:
@@ -209,9 +214,7 @@ def _submit(group: Group, rank: int, verb: str, arguments: tuple[Any, ...], opti
 
 def _reference(pending: Pending[Any], units: np.ndarray | None, frames: list[Any]) -> Slices:
     def number(part: int) -> int:
-        frames.append(pending.parts[part].frame_ref)
-        found = pending.parts[part].found
-        TRAFFIC.forwarded += found.nbytes if found else 0
+        frames.append(pending.parts[part].forward())
         return len(frames) - 1
 
     if units is not None:

@@ -42,6 +42,11 @@ class Packing:
         return self.samples.layout
 
     @property
+    def origin(self) -> Pending[Any]:
+        """Of the samples."""
+        return self.samples.origin
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
         """For `make`, all samples."""
         return self.samples, self.advantages, self.weights, self.reference

@@ -39,13 +39,35 @@ class Part:
     step: int
     receipt_ref: Any
     frame_ref: Any
+    keys: np.ndarray | None = None  # of the units that it must answer; None where the call was not split
     found: Receipt | None = None
+    forwards: int = 0  # how often its frame was passed on before its size was known
 
     def keep(self, receipt: Receipt) -> None:
-        """Take the receipt, once."""
+        """Take the receipt, once.
+
+        Raises:
+            CallError: it answers other units than were asked.
+        """
+        if self.found is not None:
+            return
+        if self.keys is not None and receipt.outline is not None and not np.array_equal(receipt.outline.keys, self.keys):
+            raise self.error(
+                CallError,
+                f"it answered {len(receipt.outline.keys)} units for {len(self.keys)}, or others than it was given.",
+                "A verb called by .split must answer each unit once, in order.",
+            )
+        self.found = receipt
+        self.group.absorb(receipt)
+        TRAFFIC.forwarded += self.forwards * receipt.nbytes
+
+    def forward(self) -> Any:
+        """The reference of its frame, to be passed on; the bytes are counted."""
         if self.found is None:
-            self.found = receipt
-            self.group.absorb(receipt)
+            self.forwards += 1
+        else:
+            TRAFFIC.forwarded += self.found.nbytes
+        return self.frame_ref
 
     def who(self) -> str:
         """The words that an error names this member with."""
@@ -77,6 +99,7 @@ class Pending(Generic[M]):
     Attributes:
         many: whether the call went to several members (`all`, `split`) or to one (`any`, `one`).
         assignment: for `split`, which units of the input each part answers.
+        source: for `split`, the call whose units these are, in the same order: known before any member has answered.
     """
 
     parts: tuple[Part, ...]
@@ -84,6 +107,7 @@ class Pending(Generic[M]):
     deadline: float  # seconds from the call until its receipts must be there
     started: float = field(default_factory=time.monotonic)
     assignment: tuple[np.ndarray, ...] | None = None
+    source: Pending[Any] | None = None
     _outline: Outline | None = None
     _layout: Layout | None = None
 
@@ -161,10 +185,18 @@ class Pending(Generic[M]):
 
     @property
     def layout(self) -> Layout:
-        """Which part holds which unit; waits for the receipts."""
+        """Which part holds which unit; waits for the receipts, but for those of a split call: there it was decided by the call."""
         if self._layout is None:
-            self._layout = Layout.of([len(_outline_of(part).keys) for part in self._answered()], self.assignment)
+            if self.assignment is None:
+                self._layout = Layout.of([len(_outline_of(part).keys) for part in self._answered()])
+            else:
+                self._layout = Layout.of([len(units) for units in self.assignment], self.assignment)
         return self._layout
+
+    @property
+    def origin(self) -> Pending[Any]:
+        """Where its units come from: calls of one origin are about the same units in the same order."""
+        return self if self.source is None else self.source
 
     def _answered(self) -> tuple[Part, ...]:
         self.receipts()

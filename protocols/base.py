@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 import numpy as np
@@ -27,6 +27,15 @@ class Outline(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     sizes: Annotated[Array, Spec("int64", "P")]  # tokens of each unit; what `split` balances
     counts: Annotated[Array, Spec("int32", "P")]  # samples of each unit
     lengths: Annotated[Array, Spec("int32", "N")]  # trainable (completion) tokens of each sample; 0 where there are none
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As four byte strings: numpy's own way takes four times as long for arrays of this size, in every receipt."""
+        return _outline, tuple((array.dtype.str, array.tobytes()) for array in (self.keys, self.sizes, self.counts, self.lengths))
+
+
+def _outline(*parts: tuple[str, bytes]) -> Outline:
+    keys, sizes, counts, lengths = (np.frombuffer(data, dtype) for dtype, data in parts)
+    return Outline(keys=keys, sizes=sizes, counts=counts, lengths=lengths)
 
 
 class Divisible(Message, frozen=True, kw_only=True, eq=False):

@@ -72,6 +72,15 @@ class Faulty(Role):
         if self.bad_setup:
             raise DataError("there is nothing to read.", remedy="give it a file")
 
+    def late(self, prompts: Prompts, other: Prompts | None = None) -> Prompts:
+        """What it was given, after a while."""
+        time.sleep(0.3)
+        return prompts
+
+    def lose(self, prompts: Prompts) -> Prompts:
+        """One unit fewer than it was given."""
+        return prompts.take(range(len(prompts.keys) - 1))
+
     def explode(self, text: str) -> None:
         raise KeyError(text)
 

@@ -110,6 +110,28 @@ def test_messages_about_different_prompts_are_refused(echo: Any) -> None:
         echo.split.score(left, right)
 
 
+def test_a_split_call_that_follows_from_another_is_sent_before_that_one_has_answered(pool: Any) -> None:
+    group = spawn(cast.Faulty(), on=pool, name="chain", members=2)
+    group.all.sleep(0).wait()
+    prompts = cast.prompts_of([3, 3, 3, 3])
+    first = group.split.late(prompts)
+    second = group.split.late(first)
+    assert first.parts[0].found is not None, "a call is split by the sizes of its first argument, so they must be there"
+    both = group.split.late(first, second)
+    assert second.parts[0].found is None, "its units are known without its answer"
+    assert both.result().keys.tolist() == prompts.keys.tolist()
+    group.close()
+
+
+def test_a_verb_that_loses_a_unit_is_named(pool: Any) -> None:
+    group = spawn(cast.Faulty(), on=pool, name="loser", members=2)
+    lost = group.split.lose(cast.prompts_of([3, 3, 3, 3]))
+    for _ in range(2):
+        with pytest.raises(CallError, match=r"loser\[0\].*1 units for 2.*each unit once"):
+            lost.wait()
+    group.close()
+
+
 def test_calls_to_different_groups_overlap(pool: Any, tmp_path: Path) -> None:
     left, right = (spawn(cast.Faulty(), on=pool, name=name, members=1) for name in ("left", "right"))
     files = str(tmp_path / "a"), str(tmp_path / "b")

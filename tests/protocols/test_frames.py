@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from rolecall.protocols import (
+    Frame,
     FrameError,
     Message,
     MessageError,
@@ -179,3 +180,14 @@ def test_a_frame_is_written_into_memory_that_is_there(batch: Samples) -> None:
     for too_little in (bytearray(len(whole) - 1), bytes(len(whole))):
         with pytest.raises(ValueError, match="writable bytes"):
             frame.write_into(too_little)
+
+
+def test_sense_is_checked_where_bytes_come_from_elsewhere_and_bytes_always() -> None:
+    """A frame of `encode` was checked there; the same bytes from a file or a socket are checked once more."""
+    keys, values = np.array([4, 9], np.int64), np.array([1.0, 0.5], np.float32)
+    made = encode(Scores(keys=keys, counts=np.array([1, 1], np.int32), values=values, status=np.zeros(2, np.uint8)))
+    assert pickle.loads(pickle.dumps(made, protocol=5)).sensible
+    assert not from_bytes(contiguous(made)).sensible
+    damaged = Frame(made.header, [bytes(buffer)[:-1] + b"\x07" for buffer in made.buffers], sensible=True)
+    with pytest.raises(FrameError, match="checksum"):
+        decode(damaged)
