@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rolecall.kernels import logprobs as module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rolecall.kernels import head as module
 from rolecall.kernels.logprobs import token_logprobs, token_logprobs_plain
 
 EXACT = 1e-12  # float64, the same sums in another order
@@ -35,6 +37,35 @@ def test_chunked_equals_plain(chunk, temperature):
     expected = both_and_gradients(token_logprobs_plain, *case(), temperature=temperature)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=EXACT, atol=EXACT)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    K=st.integers(0, 20),
+    D=st.integers(1, 9),
+    V=st.integers(1, 40),
+    padding=st.integers(0, 9),
+    chunk=st.integers(0, 25),
+    softcap=st.sampled_from([0.0, 3.0]),
+    scale=st.sampled_from([1.0, -0.3]),
+    temperature=st.sampled_from([1.0, 0.7]),
+    seed=st.integers(0, 9),
+)
+def test_padding_soft_cap_and_scale(K, D, V, padding, chunk, softcap, scale, temperature, seed):
+    hidden, head, targets = case(K, D, V + padding, seed=seed)
+    options = {"vocab": V, "softcap": softcap, "scale": scale, "temperature": temperature}
+    found = both_and_gradients(token_logprobs, hidden, head, targets % V, chunk=chunk, **options)
+    expected = both_and_gradients(token_logprobs_plain, hidden, head, targets % V, **options)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=EXACT, atol=EXACT)
+    assert not found[3][V:].any(), "padding rows of the head have no gradient"
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_gradients_with_a_soft_cap_are_those_of_finite_differences(softcap):
+    hidden, head, targets = case(K=5, D=3, V=9)
+    options = {"vocab": 7, "softcap": softcap, "scale": 0.6, "temperature": 0.7, "chunk": 2}
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets % 7, **options), (hidden, head))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -94,8 +125,8 @@ def test_frozen_inputs_get_no_gradient():
 def test_logits_are_never_whole(monkeypatch):
     """Of K = 64 tokens, the largest product with the head has as many rows as a chunk."""
     rows = []
-    plain = module._product
-    monkeypatch.setattr(module, "_product", lambda left, right: rows.append(left.shape[0]) or plain(left, right))
+    plain = module.product
+    monkeypatch.setattr(module, "product", lambda left, right: rows.append(left.shape[0]) or plain(left, right))
     hidden, head, targets = case(K=64, V=500)
     token_logprobs(hidden, head, targets, chunk=10)[0].sum().backward()
     assert rows
@@ -114,6 +145,10 @@ def test_refusals_say_what_to_do():
         for temperature in (0.0, -1.0, float("nan")):
             with pytest.raises(ValueError, match="temperature"):
                 function(hidden, head, targets, temperature=temperature)
+        with pytest.raises(ValueError, match=r"vocab=38.*37 rows"):
+            function(hidden, head, targets, vocab=38)
+        with pytest.raises(ValueError, match="chunk=-1"):
+            function(hidden, head, targets, chunk=-1)
 
 
 @pytest.mark.gpu
