@@ -1,0 +1,172 @@
+"""`lora_mfu`: low-rank adapters of rank 16 on all linear layers of a 4B model, whole optimiser steps, against peft.
+
+Frozen weights cost no gradient of their own, so 4 N FLOPs a token and what the adapters need are counted, not 6 N. All contenders start
+from one adapter file. peft's runs recompute each layer in the backward pass where they would not fit otherwise; that is not counted
+as work, for nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from contenders import Contender, HuggingFace, Ours
+from documents import Law, Rows, rows_of
+from gpu import both, require_gpu
+from harness import finish
+from models import KNOWN, TINY, build, small
+from race import (
+    EXACT_TOLERANCE,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    agree,
+    chosen,
+    clean,
+    figures,
+    look,
+    measured,
+    options,
+    race,
+    start,
+    timings,
+    work,
+)
+from rolecall.roles.models.lora import Lora
+
+MODEL, ROWS, CAPACITY, LOTS, RANK = "Qwen3-4B", 2, 8192, 5, 16
+LAW = Law(6.5, 0.8, CAPACITY)
+OWN, PEFT, LIGER = "rolecall", "peft", "peft + Liger"
+STEPS, PEER_STEPS = 6, 2  # timed, each round
+PER_PASS = 1  # rows of ours at a time: nothing is recomputed, and 8192 tokens fill the matrix units
+MFU, TIMES, MEMORY = 55.0, 1.6, 0.7
+PACKAGES = ("rolecall", "torch", "triton", "transformers", "peft", "liger-kernel")
+
+
+def ours(model: str, adapter: str, rows: int, device: str, dtype: str = "bfloat16", **settings: object) -> Ours:
+    """The policy as a user would set it up for this."""
+    about = f"the policy role: packed rows, {rows} a pass, compiled blocks, fused adapters, float32 gradients and masters of the adapters"
+    return Ours(OWN, about, model, device=device, dtype=dtype, rows_per_pass=rows, lora=Lora(start=adapter), **settings)
+
+
+def makers(model: str, adapter: str, rows: int, device: str, attention: str) -> dict[str, Callable[[], Contender]]:
+    """Ours and the peers, ready to be made."""
+    peer = partial(HuggingFace, model=model, form=Rows.flattened, adapter=adapter, attention=attention, device=device)
+    packed = "padding-free, FlashAttention 2 of torch, bfloat16, fused AdamW"
+    again, single = f"{packed}, layers recomputed", f"{packed}, one row at a time, nothing recomputed; Liger's kernels"
+    return {
+        OWN: partial(ours, model, adapter, rows, device),
+        PEFT: partial(peer, PEFT, again, micro=(2, 1), checkpointing=True),
+        LIGER: partial(peer, LIGER, f"{again}; Liger's kernels, fused head and loss", micro=(2, 1), checkpointing=True, liger=True),
+        f"{LIGER}, kept": partial(peer, f"{LIGER}, kept", single, liger=True),
+    }
+
+
+def adapter_of(model: str, folder: Path, device: str, dtype: str) -> str:
+    """Write an adapter with random numbers in both of its matrices, as peft writes it; returns its folder."""
+    made = HuggingFace("peft", "", model, form=Rows.flattened, lora=RANK, attention="sdpa", device=device, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in made.net.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    made.net.save_pretrained(str(folder))
+    del made
+    clean()
+    return str(folder)
+
+
+def lots_of(args: argparse.Namespace) -> list[Rows]:
+    """The batches of a run."""
+    if args.tiny:
+        return [rows_of(Law(3.5, 0.8, 128), 4, 128, TINY["vocab_size"], seed) for seed in range(2)]
+    return [rows_of(LAW, ROWS, CAPACITY, KNOWN[MODEL]["vocab_size"], seed) for seed in range(LOTS)]
+
+
+def exact(folder: Path, device: str, attention: str) -> dict[str, float]:
+    """Ours against peft in float32 on a small model of the same kind: loss and gradient norm."""
+    model = build(MODEL, folder / "small", dtype="float32", **small(MODEL))
+    adapter = adapter_of(model, folder / "small-adapter", device, "float32")
+    lots = [rows_of(Law(4.0, 0.8, 256), 4, 256, TINY["vocab_size"], seed=9)]
+    pair: dict[str, Callable[[], Contender]] = {
+        OWN: partial(ours, model, adapter, 2, device, dtype="float32"),
+        PEFT: partial(HuggingFace, PEFT, "", model, form=Rows.flattened, adapter=adapter, attention="sdpa", device=device, dtype="float32"),
+    }
+    results = {}
+    for name, make in pair.items():
+        contender, results[name] = start(make, lots, 0)
+        contender.close()
+    del contender
+    clean()
+    return agree(results, OWN, loss=EXACT_TOLERANCE, norm=EXACT_TOLERANCE)
+
+
+def measure(args: argparse.Namespace, model: str, adapter: str, device: str, attention: str, folder: Path) -> None:
+    """The race, the table and the JSON line."""
+    lots = lots_of(args)
+    gaps = exact(folder, device, attention)
+    before = measured()
+    missing: dict[str, str] = {}
+    entrants = chosen(makers(model, adapter, args.rows_per_pass or PER_PASS, device, attention), args.only)
+    results = race(
+        entrants, lots, rounds=args.rounds, steps={name: STEPS if name == OWN else PEER_STEPS for name in entrants}, missing=missing
+    )
+    rate = both(before, measured())
+    near = agree(results, OWN, loss=LOSS_TOLERANCE, norm=NORM_TOLERANCE)
+    tokens, flops = work(lots, model, Lora(r=RANK))
+    columns = figures(results, tokens, flops, rate.matmul)
+    share, speed, memory = (columns[name] for name in ("MFU % of measured", "tokens/s", "peak GiB"))
+    targets = {f"at least {MFU:g} % of the measured matrix product": (share[OWN], share[OWN] >= MFU)}
+    for peer in (PEFT, LIGER):
+        if peer in results:
+            times = speed[OWN] / speed[peer]
+            targets[f"at least {TIMES:g}x {peer}"] = (times, times >= TIMES)
+    if memory.get(PEFT):
+        part = memory[OWN] / memory[PEFT]
+        targets[f"peak memory at most {MEMORY:g}x {PEFT}"] = (part, part <= MEMORY)
+    finish(
+        bench="lora_mfu",
+        workload=f"{MODEL}, rank {RANK} on all linear layers, rows {ROWS} x {CAPACITY}, documents {LAW}: forward, backward, AdamW",
+        timings=timings(results),
+        ours=OWN,
+        targets=targets,
+        target="; ".join(targets),
+        limit=rate.milliseconds(flops),
+        missing=missing,
+        details={
+            **columns,
+            **rate.details(),
+            "model TFLOP a step": round(flops / 1e12, 1),
+            "tokens a step": round(tokens),
+            **{f"{kind} gap, float32": float(f"{gap:.2g}") for kind, gap in gaps.items()},
+            **{f"{kind} gap, bfloat16": float(f"{gap:.2g}") for kind, gap in near.items()},
+            "about": {name: result.about for name, result in results.items()},
+        },
+        packages=PACKAGES,
+        quick=args.tiny,
+        out=args.out,
+    )
+
+
+def main() -> None:
+    """Build the model and the adapter, then look or measure."""
+    args = options(__doc__ or "").parse_args()
+    device, attention = ("cuda:0", "varlen") if torch.cuda.is_available() else ("cpu", "sdpa")
+    if not args.tiny:
+        require_gpu()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as aside:
+        folder = Path(aside)
+        model = build(MODEL, folder / "model", device=device, **(small(MODEL) if args.tiny else {}))
+        clean()
+        adapter = adapter_of(model, folder / "adapter", device, "bfloat16")
+        if args.look:
+            lots = lots_of(args)
+            look(partial(ours, model, adapter, args.rows_per_pass or PER_PASS, device), lots, work(lots, model, Lora(r=RANK)))
+        else:
+            measure(args, model, adapter, device, attention, folder)
+
+
+if __name__ == "__main__":
+    main()
