@@ -33,6 +33,9 @@ class RunArgs(msgspec.Struct, frozen=True, kw_only=True):
     runs: Annotated[str, msgspec.Meta(description="folder that run folders are made in")] = "runs"
     address: Annotated[str | None, msgspec.Meta(description="host:port of a Ray cluster, or auto; a local one without it")] = None
     seed: Annotated[int, msgspec.Meta(description="of data order, sampling and initialisation")] = 0
+    memory: Annotated[
+        dict[str, dict[str, Any]], msgspec.Meta(description="what roles hold in memory: tables [memory.ROLE], for the plan")
+    ] = msgspec.field(default_factory=dict)
     samples_every: Annotated[int, msgspec.Meta(ge=0, description="steps between saved samples; 0 saves none")] = 10
 
 

@@ -34,7 +34,7 @@ class Args(RunArgs, frozen=True, kw_only=True):
 
 def main(args: Args) -> None:
     check_model(args.model, chat_template=True)  # before anything starts
-    with Run(args) as run, place(args.pools, address=args.address) as pools:
+    with Run(args) as run, place(args.pools, address=args.address, memory=args.memory) as pools:
         policy = run.spawn(Policy(args.model, dtype=args.dtype), on=pools["train"])
         rollout = run.spawn(Rollout(args.model, dtype=args.dtype, max_tokens=args.max_tokens), on=pools["sample"])
         reference = run.spawn(Reference(args.model, dtype=args.dtype), on=pools["reference"])

@@ -54,6 +54,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"The config can't be read: {error.strerror}.", ask=str(path), remedy="give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no TOML: {error}.", remedy="correct that line") from None
+    if isinstance(table.get("pools"), dict):
+        raise ConfigError(
+            f"{path} changes pools of a controller's own list, which isn't known here.",
+            ask="tables [pools.NAME]",
+            remedy="write the pools out, each as a table [[pools]] with name = …: controllers take that form too",
+        )
     if not isinstance(table.get("pools"), list):
         raise ConfigError(f"{path} declares no pools.", remedy='write at least one table: [[pools]] name = "train" members = 2')
     return table

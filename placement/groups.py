@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rolecall.placement.cluster import Connection, answers, connect, unhurried
+from rolecall.placement.memory import Estimate, read_memory
 from rolecall.placement.nodes import ACCELERATOR_LABEL, Node, live
 from rolecall.placement.planner import Plan, fit
 from rolecall.placement.pools import STEP, Pool, base_of, bundle_of, bundles, check_pools
@@ -84,7 +85,7 @@ class PlacedPool:
 
 @contextlib.contextmanager
 def place(
-    pools: Sequence[Pool], *, address: str | None = None, deadline: float = 60.0, memory: Mapping[str, Estimate] | None = None
+    pools: Sequence[Pool], *, address: str | None = None, deadline: float = 60.0, memory: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, PlacedPool]]:
     """The pools' placement groups for the time of the block: proved, made, and removed at the end however it ends.
 
@@ -92,15 +93,18 @@ def place(
         pools: what the roles need; checked before Ray is even imported.
         address: as for `connect`: None starts a local Ray of its own, "host:port" or "auto" joins one.
         deadline: seconds in which all groups must be ready.
-        memory: as for `fit`.
+        memory: role → what it holds: an `Estimate`, or a table as `read_memory` takes it (a run's `[memory.ROLE]`).
 
     Raises:
-        ConfigError: the pools make no sense. PlanError: they don't fit what is free now; nothing was made.
+        ConfigError: the pools or the memory tables make no sense. PlanError: they don't fit what is free now; nothing was made.
         DeadlineExceeded: a group was not ready in time. MemberLost: the cluster went away meanwhile.
     """
     check_pools(pools)
+    given = dict(memory or {})
+    tables = {role: table for role, table in given.items() if not isinstance(table, Estimate)}
+    estimates = {**given, **read_memory(tables)}
     with connect(address) as connection:
-        plan = _prove(pools, memory)
+        plan = _prove(pools, estimates)
         made: dict[str, PlacementGroup] = {}
         try:
             _make(plan, made)
@@ -116,7 +120,7 @@ def place(
                 _remove(made, connection)
 
 
-def _prove(pools: Sequence[Pool], memory: Mapping[str, Estimate] | None) -> Plan:
+def _prove(pools: Sequence[Pool], memory: Mapping[str, Estimate]) -> Plan:
     """A plan on what is free now. Ray's head hears of what was given back up to a second late, so a refusal that
     hangs on what others hold is thought over for `SETTLE`; one that does not is final at once."""
     end = time.monotonic() + SETTLE

@@ -5,6 +5,7 @@ A remedy that names numbers has been tried: `Reason.changes` holds the pools so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -100,9 +101,8 @@ def _no_memory(setting: Setting, pool: Pool, nodes: Sequence[Node]) -> list[Reas
     roles = ", ".join(role for role, estimate in setting.memory.items() if _base(setting, estimate.pool or role) == pool.name)
     largest = max((node.gpu_memory_gb or float("inf") for node in nodes if node.gpus), default=float("inf"))
     if gpus and device > gpus * largest:
-        count = int(-(-device // largest))
         ask = f"pool {pool.name!r}: its roles ({roles}) hold about {device:.1f} GB of device memory in {gpus:g} GPUs of a bundle"
-        remedy = f"shard over {count} GPUs (gpus={count}), or take a smaller model, batch or cache"
+        remedy = f"take a smaller model, batch, row or cache, fewer bytes a number, or GPUs of at least {math.ceil(device / gpus)} GB"
         return [Reason((pool.name,), ask, f"the largest GPU there has {largest:g} GB, which makes {gpus * largest:g} GB", remedy)]
     main = host if gpus else host + device  # without a GPU all is in main memory
     most = max(node.memory_gb or float("inf") for node in nodes)
