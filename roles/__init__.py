@@ -3,6 +3,7 @@
 from rolecall.roles.base import Member, Role
 from rolecall.roles.data import Data, ReasoningGym, Records
 from rolecall.roles.models import check_model
+from rolecall.roles.models.lora import Lora
 from rolecall.roles.policy import Policy
 from rolecall.roles.reference import Reference
 from rolecall.roles.rewards import Reward, last_number, scores_for
@@ -10,6 +11,7 @@ from rolecall.roles.rollout import Rollout
 
 __all__ = [
     "Data",
+    "Lora",
     "Member",
     "Policy",
     "ReasoningGym",

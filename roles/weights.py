@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,14 @@ def divide(sizes: Mapping[str, int], shards: int) -> list[list[str]]:
     return [sorted(part) for part in names]
 
 
-def export(tensors: Mapping[str, Tensor], version: int, shard: int = 0, shards: int = 1, dtype: str | None = None) -> Weights:
+def export(
+    tensors: Mapping[str, Tensor],
+    version: int,
+    shard: int = 0,
+    shards: int = 1,
+    dtype: str | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> Weights:
     """Copy one shard of a model's tensors into a message.
 
     Args:
@@ -41,6 +48,7 @@ def export(tensors: Mapping[str, Tensor], version: int, shard: int = 0, shards: 
         version: of these weights.
         shard, shards: which part this member sends, of how many.
         dtype: to send floating-point tensors in; their own without it.
+        change: from a name and its tensor to what is sent, of the same shape and dtype; asked for one tensor at a time.
     """
     names = divide({name: tensor.numel() for name, tensor in tensors.items()}, shards)[shard]
     manifest: list[Entry] = []
@@ -54,7 +62,8 @@ def export(tensors: Mapping[str, Tensor], version: int, shard: int = 0, shards: 
     data = np.zeros(offset, dtype=np.uint8)
     for number, entry in enumerate(manifest):
         piece = data[entry.offset : entry.offset + entry.nbytes]
-        _as_tensor(piece, entry).copy_(tensors[entry.name])
+        tensor = tensors[entry.name]
+        _as_tensor(piece, entry).copy_(tensor if change is None else change(entry.name, tensor))
         manifest[number] = Entry(
             name=entry.name,
             dtype=entry.dtype,
@@ -105,6 +114,15 @@ def version_digest(parts: Sequence[Weights]) -> str:
     """Digest (32 hexadecimal digits) of all tensors of a version, however they were sharded."""
     lines = sorted(f"{entry.name} {entry.dtype} {list(entry.shape)} {entry.digest}" for part in parts for entry in part.manifest)
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest (32 hexadecimal digits) of a model's tensors, the one that `version_digest` tells of them when they are published."""
+    lines = []
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        lines.append(f"{name} {str(tensor.dtype)[6:]} {list(tensor.shape)} {xxhash.xxh3_128_hexdigest(data.data)}")
+    return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
 
 
 def _check_shards(parts: Sequence[Weights]) -> None:

@@ -73,6 +73,7 @@ class Adapters:
 
     def __init__(self, net: nn.Module, lora: Lora) -> None:
         self.lora = lora
+        self.net = net
         self.linears = attach(net, lora)
         if lora.start:
             self.load(lora.start)
@@ -117,6 +118,26 @@ class Adapters:
         linear = self.linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         return tensor if linear is None else linear.merged()
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """The model without adapters in it, its merged weights in main memory: for writing it, not for running it."""
+        ours = {id(module): name for name, module in self.net.named_modules()}
+        places = {ours[id(linear)]: linear for linear in self.linears.values()}
+        try:
+            for place, linear in places.items():
+                whole = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+                whole.weight, whole.bias = nn.Parameter(linear.merged().cpu(), requires_grad=False), linear.bias
+                self.net.set_submodule(place, whole)
+            yield
+        finally:
+            for place, linear in places.items():
+                self.net.set_submodule(place, linear)
+
+    def restart(self) -> None:
+        """Start anew, as at first."""
+        for name, linear in self.linears.items():
+            _start(linear, _seed(name, self.lora.seed))
+
     def save(self, folder: str | Path, base: str) -> None:
         """Write adapter_config.json and adapter_model.safetensors into an existing folder; peft loads them.
 
@@ -147,19 +168,12 @@ class Adapters:
         Raises:
             ModelError: the file can't be read, or holds other tensors than these adapters have; nothing has changed then.
         """
-        path = Path(folder).expanduser() / TENSORS
-        try:
-            self.take(load_file(path), str(folder))
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"The adapter {path} can't be read: {error}", remedy="give a folder that peft or policy.save wrote") from error
+        tensors = read_tensors(folder)
+        self.check(tensors, str(folder))
+        self.take(tensors)
 
-    @torch.no_grad()
-    def take(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Copy tensors by their names in peft's files.
-
-        Raises:
-            ModelError: one is missing, unknown, misshapen or not finite; names `source`. Nothing has changed then.
-        """
+    def check(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Raise ModelError, naming `source`, if a tensor (by its name in peft's files) is missing, unknown, misshapen or not finite."""
         own = self.parameters()
         missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or unknown:
@@ -180,8 +194,22 @@ class Adapters:
                 )
             if not tensor.isfinite().all():
                 raise ModelError(f"The adapter {source} holds NaN or infinity at {name}.", remedy="give an earlier checkpoint")
-        for name, parameter in own.items():
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors that were checked."""
+        for name, parameter in self.parameters().items():
             parameter.copy_(tensors[name])
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter in peft's format. Raises ModelError if the file can't be read."""
+    path = Path(folder).expanduser() / TENSORS
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"The adapter {path} can't be read: {error}", remedy="give a folder that peft or policy.save wrote") from error
+    return found
 
 
 def attach(net: nn.Module, lora: Lora) -> dict[str, LoraLinear]:
@@ -208,10 +236,9 @@ def attach(net: nn.Module, lora: Lora) -> dict[str, LoraLinear]:
         parameter.requires_grad_(False)
     found = {}
     for name, theirs in hit.items():
-        parent, _, child = name.rpartition(".")
         linear = LoraLinear(plain[name], lora)
         _start(linear, _seed(theirs, lora.seed))
-        setattr(net.get_submodule(parent), child, linear)
+        net.set_submodule(name, linear)
         found[theirs] = linear
     return found
 
@@ -228,6 +255,7 @@ def _start(linear: LoraLinear, seed: int) -> None:
     bound = 1 / math.sqrt(linear.in_features)
     drawn = torch.empty(linear.lora_A.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
     linear.lora_A.copy_(drawn)
+    linear.lora_B.zero_()
 
 
 def _seed(*parts: object) -> int:

@@ -14,7 +14,7 @@ from rolecall.protocols.errors import ConfigError, ModelError
 ALL = "all-linear"
 ADAPTER_CONFIG = "adapter_config.json"
 # What peft can do and these adapters can't, with the value that means without.
-UNKNOWN = {
+UNKNOWN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),

@@ -1,7 +1,8 @@
 """Checkpoints of a policy: a Hugging Face model folder with the optimiser's state beside the model.
 
 ```
-config.json, model.safetensors, tokenizer.json, …   plain transformers loads the folder as it is
+config.json, model.safetensors, tokenizer.json, …   plain transformers loads the folder as it is, or, with LoRA,
+adapter_config.json, adapter_model.safetensors, …   peft does
 optimiser.safetensors                               moments of the gradient, master weights
 policy.json                                         version, updates applied
 digests.json                                        sha256 of every other file
@@ -18,6 +19,8 @@ import msgspec
 from rolecall.protocols.errors import ModelError
 from rolecall.roles.folders import new_folder
 from rolecall.roles.models import load
+from rolecall.roles.models.adapters import Adapters, read_tensors
+from rolecall.roles.models.lora import read_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,12 +36,18 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     version: int  # of the weights
     steps: int  # updates applied by this optimiser
     dtype: str  # of the parameters
+    base: str = ""  # digest of the frozen weights that adapters are for; "" where all weights are in the checkpoint
 
 
 def write(folder: str | Path, training: Training, facts: Facts) -> None:
     """Write a new checkpoint folder, whole or not at all. Raises ModelError if the folder exists already."""
     with new_folder(folder, ModelError) as aside:
-        training.model.write(aside, training.tokenizer)
+        if training.adapters is None:
+            training.model.write(aside, training.tokenizer)
+        else:
+            training.adapters.save(aside, training.source)
+            training.tokenizer.save_pretrained(str(aside))
+            facts = msgspec.structs.replace(facts, base=training.base)
         save_file(training.optimiser.tensors(), aside / OPTIMISER)
         (aside / FACTS).write_bytes(msgspec.json.encode(facts))
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
@@ -77,6 +86,13 @@ def restore(folder: str | Path, training: Training, dtype: str) -> Facts:
     facts, state = read(folder, str(model.device))
     if facts.dtype != dtype:
         raise ModelError(f"The checkpoint {folder} is in {facts.dtype}.", ask=dtype, remedy=f"set dtype={facts.dtype!r}")
+    if bool(facts.base) != (training.adapters is not None):
+        have = "adapters for frozen weights" if facts.base else "all weights of a model, without adapters"
+        remedy = "set lora as in the run it is of" if facts.base else "leave lora out, or start the policy with this folder as its model"
+        raise ModelError(f"The checkpoint {folder} is of another kind of training.", have=have, remedy=remedy)
+    if training.adapters is not None:
+        _restore_adapters(folder, training, training.adapters, facts, state)
+        return facts
     saved = load(str(folder), dtype=dtype, device=str(model.device)).named_tensors()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_tensors().items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in saved.items()}:
@@ -85,6 +101,25 @@ def restore(folder: str | Path, training: Training, dtype: str) -> Facts:
     model.load_tensors(saved)
     training.gradients.clear()
     return facts
+
+
+def _restore_adapters(folder: str | Path, training: Training, adapters: Adapters, facts: Facts, state: dict[str, Tensor]) -> None:
+    """Give adapters and their optimiser the state of a checkpoint. Raises ModelError if it is for other weights or other adapters."""
+    if facts.base != training.base:
+        raise ModelError(f"The checkpoint {folder} is of another model.", remedy="start the policy with the model it was saved from")
+    there, _ = read_lora(folder)
+    if there.scale != adapters.lora.scale:
+        raise ModelError(
+            f"The adapters in {folder} are scaled otherwise.",
+            ask=f"{adapters.lora.scale:g}",
+            have=f"{there.scale:g}",
+            remedy=f"set r={there.r}, alpha={there.alpha:g}",
+        )
+    tensors = read_tensors(folder)
+    adapters.check(tensors, str(folder))
+    training.optimiser.restore(state, facts.steps)
+    adapters.take(tensors)
+    training.gradients.clear()
 
 
 def _digest(path: Path) -> str:

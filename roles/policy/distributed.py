@@ -31,7 +31,7 @@ class Meeting:
         Raises:
             RolecallError: they did not all come in time.
         """
-        self.world = member.world
+        self.world, self.rank = member.world, member.rank
         if self.world == 1:
             return
         host = urlsplit(member.rendezvous).hostname or ""

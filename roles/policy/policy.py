@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rolecall.protocols.errors import ConfigError, RolecallError
 from rolecall.protocols.messages import Logprobs, Metrics, PackedBatch, Samples, Weights
 from rolecall.roles.base import Member, Role
 from rolecall.roles.models import check_model
+from rolecall.roles.models.lora import Lora, resolve
 
 if TYPE_CHECKING:
     from rolecall.roles.policy.training import Training
 DTYPES = ("float32", "bfloat16", "float64")  # float16 can be sent, not trained: its gradients underflow
 SCHEDULES = ("constant", "linear", "cosine")
+RECOMPUTE = ("none", "selective", "full")
 
 
 class Policy(Role):
@@ -32,6 +35,10 @@ class Policy(Role):
         schedule: "constant", or "linear" or "cosine" down to 0 at `total_steps`.
         total_steps: updates of the whole run; needed unless the schedule is constant.
         publish_dtype: to send weights in; "" means as they are.
+        lora: train low-rank adapters instead of the weights; what is published has them merged.
+        recompute: "none" keeps everything for the backward pass, "selective" all but the inside of the MLPs, "full" only
+            the input of each block; what is not kept is computed twice. The gradients are the same.
+        compile: compile each block with torch.compile; meant for GPUs. The first passes take minutes.
         deadline: seconds that members wait for each other.
     """
 
@@ -51,6 +58,9 @@ class Policy(Role):
         schedule: str = "constant",
         total_steps: int = 0,
         publish_dtype: str = "",
+        lora: Lora | None = None,
+        recompute: str = "none",
+        compile: bool = False,  # noqa: A002
         deadline: float = 300.0,
     ) -> None:
         self.model = model
@@ -64,6 +74,9 @@ class Policy(Role):
         self.schedule = schedule
         self.total_steps = total_steps
         self.publish_dtype = publish_dtype
+        self.lora = lora
+        self.recompute = recompute
+        self.compile = compile
         self.deadline = deadline
         self._training: Training | None = None
 
@@ -74,6 +87,7 @@ class Policy(Role):
             ("dtype", self.dtype, DTYPES),
             ("publish_dtype", self.publish_dtype, ("", "float16", *DTYPES)),
             ("schedule", self.schedule, SCHEDULES),
+            ("recompute", self.recompute, RECOMPUTE),
         ):
             if value not in allowed:
                 raise ConfigError(f"The policy has no {name} {value!r}.", have=", ".join(allowed), remedy="choose one of these")
@@ -91,6 +105,10 @@ class Policy(Role):
                 remedy="row_tokens, rows_per_pass and deadline are positive, the others not negative",
             )
 
+        if self.lora is not None:
+            self.lora.check()
+            resolve(self.lora)
+
     def setup(self, member: Member) -> None:
         """Meet the other members and load the model."""
         super().setup(member)
@@ -98,16 +116,17 @@ class Policy(Role):
         from rolecall.roles.models import load
         from rolecall.roles.policy.distributed import Meeting
         from rolecall.roles.policy.memory import keep_freed_memory
-        from rolecall.roles.policy.training import Training
+        from rolecall.roles.policy.training import Training, prepare
         from rolecall.roles.tokens import load_tokenizer
 
         if member.device == "cpu":
             torch.set_num_threads(member.threads)
             keep_freed_memory()
         net = load(self.model, dtype=self.dtype, device=member.device)
+        adapters = prepare(net, lora=self.lora, recomputed=self.recompute, compiled=self.compile)
         tokenizer = load_tokenizer(self.model)  # goes into every checkpoint
         meeting = Meeting(member, self.deadline)
-        self._training = Training(net, tokenizer, meeting, betas=self.betas, weight_decay=self.weight_decay)
+        self._training = Training(net, tokenizer, meeting, adapters, source=self.model, betas=self.betas, weight_decay=self.weight_decay)
 
     def accumulate(self, batch: PackedBatch, loss: Callable[..., Any]) -> Metrics:
         """Add the gradient of sum(loss x weights) over the trained tokens of the batch to what was accumulated before.
@@ -117,7 +136,7 @@ class Policy(Role):
             loss: from `rolecall.kernels.losses` or of that form: Tokens → (loss [K], measures {name: [K]}).
 
         Returns:
-            loss, tokens, tokens_per_s, logprob_gap and the loss's own measures (kl, clip_fraction, entropy, …).
+            loss, tokens, tokens_per_s, tflops, mfu, logprob_gap and the loss's own measures (kl, clip_fraction, entropy, …).
 
         Raises:
             UserError: the loss returns another shape. After any error the gradients are 0, those of earlier calls too.
@@ -150,23 +169,43 @@ class Policy(Role):
         self.meter.add("update_s", time.perf_counter() - started)
         return self.version
 
-    def logprobs(self, samples: Samples) -> Logprobs:
-        """Logprob of each completion token under the weights as they are, without gradient; 0 at prompt tokens."""
+    def logprobs(self, samples: Samples, *, reference: bool = False) -> Logprobs:
+        """Logprob of each completion token under the weights as they are, without gradient; 0 at prompt tokens.
+
+        Args:
+            reference: leave the adapters out, so that the policy answers as the model it started from (version 0): a
+                `Reference` that needs no second model.
+
+        Raises:
+            ConfigError: a reference is asked of a policy without adapters.
+        """
         from rolecall.roles.packed import sample_logprobs
 
-        return sample_logprobs(
-            self._ready().model, samples, row_tokens=self.row_tokens, rows_per_pass=self.rows_per_pass, version=self.version
-        )
+        training = self._ready()
+        if reference and training.adapters is None:
+            raise ConfigError(
+                "A policy that trains all weights has no reference in it.", ask="reference=True", remedy="set lora, or spawn a Reference"
+            )
+        with training.adapters.off() if reference and training.adapters is not None else nullcontext():
+            return sample_logprobs(
+                training.model,
+                samples,
+                row_tokens=self.row_tokens,
+                rows_per_pass=self.rows_per_pass,
+                version=0 if reference else self.version,
+            )
 
     def publish(self) -> Weights:
-        """This member's shard of the weights: a copy, with a digest for each tensor."""
+        """This member's shard of the weights, adapters merged: a copy, with a digest for each tensor."""
         from rolecall.roles.weights import export
 
-        tensors = self._ready().model.named_tensors()
-        return export(tensors, self.version, self.member.rank, self.member.world, self.publish_dtype or None)
+        training = self._ready()
+        merged = None if training.adapters is None else training.adapters.merged
+        tensors = training.model.named_tensors()
+        return export(tensors, self.version, self.member.rank, self.member.world, self.publish_dtype or None, merged)
 
     def load(self, parts: Weights | Sequence[Weights]) -> dict[str, Any]:
-        """Take over published weights and their version; the optimiser starts anew.
+        """Take over published weights and their version; the optimiser starts anew, and so do adapters.
 
         Returns:
             {"version": …, "digest": …} of what is loaded.
@@ -178,14 +217,14 @@ class Policy(Role):
 
         shards = [parts] if isinstance(parts, Weights) else list(parts)
         training = self._ready()
-        training.model.load_tensors(assemble(shards, training.model.named_tensors()))
-        training.optimiser.adopt()
-        training.gradients.clear()
+        training.take(assemble(shards, training.model.named_tensors()))
         self.version = shards[0].version
         return {"version": self.version, "digest": version_digest(shards)}
 
     def save(self, folder: str) -> str:
-        """Write a checkpoint into a new folder, which plain transformers loads too; one member is enough. Returns its path.
+        """Write a checkpoint into a new folder; one member is enough. Returns its path.
+
+        Plain transformers loads the folder, or peft does: with `lora` it holds the adapters alone.
 
         Raises:
             ModelError: the folder exists already.
@@ -208,6 +247,16 @@ class Policy(Role):
         facts = restore(folder, self._ready(), self.dtype)
         self.version = facts.version
         return self.version
+
+    def export(self, folder: str) -> str:
+        """Write the model alone, adapters merged, into a new folder that plain transformers loads; returns its path.
+
+        Raises:
+            ModelError: the folder exists already.
+        """
+        training = self._ready()
+        with training.adapters.plain() if training.adapters is not None else nullcontext():
+            return training.model.save(folder, training.tokenizer)
 
     def close(self) -> None:
         """Leave the group of members."""

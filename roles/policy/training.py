@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,16 @@ import numpy as np
 from rolecall.kernels.losses import Tokens
 from rolecall.protocols.errors import UserError
 from rolecall.protocols.messages import PackedBatch
+from rolecall.roles.models.adapters import Adapters
 from rolecall.roles.models.causal import CausalModel
+from rolecall.roles.models.lora import Lora, resolve
+from rolecall.roles.models.recompute import compile_blocks, recompute
 from rolecall.roles.packed import on_device, packed_logprobs, passes
 from rolecall.roles.policy.distributed import Meeting
 from rolecall.roles.policy.gradients import Gradients
 from rolecall.roles.policy.optimiser import Optimiser
+from rolecall.roles.policy.speed import Speed
+from rolecall.roles.weights import tensors_digest
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -41,21 +47,33 @@ class Sums:
 
 
 class Training:
-    """A model, its gradients and its optimiser."""
+    """A model, its gradients and its optimiser.
+
+    Args:
+        adapters: in the model; they are what is trained then.
+        source: where the model was loaded from.
+    """
 
     def __init__(
         self,
         model: CausalModel,
         tokenizer: PreTrainedTokenizerBase,
         meeting: Meeting,
+        adapters: Adapters | None = None,
         *,
+        source: str = "",
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        named = model.named_parameters()
+        named = model.named_parameters() if adapters is None else adapters.parameters()
         self.model = model
         self.tokenizer = tokenizer
         self.meeting = meeting
+        self.adapters = adapters
+        self.source = source
+        self.speed = Speed(model, adapters)
+        self._passes = 0  # since the last update
+        self._base = ""
         self.gradients = Gradients(list(named.values()))
         self.optimiser = Optimiser(named, self.gradients.views, betas=betas, weight_decay=weight_decay)
 
@@ -70,11 +88,13 @@ class Training:
             UserError: the loss does not return a loss for each token. After any error the gradients are 0.
         """
         started = time.perf_counter()
-        sums, slots = Sums(), 0
+        sums, slots, operations = Sums(), 0, 0.0
         try:
             for part in passes(batch, rows_per_pass):
-                self._one_pass(part, loss, sums)
+                with self._dropping():
+                    self._one_pass(part, loss, sums)
                 slots += int((part.segments >= 0).sum())
+                operations += self.speed.operations(part)
         except BaseException:
             self.gradients.clear()
             raise
@@ -84,7 +104,7 @@ class Training:
         found = {name: (float(total), count) for name, total in sums.totals.items()}
         found["loss"] = (found["loss"][0], float(batch.weights.astype("float64").sum()))
         took = time.perf_counter() - started
-        return found | {"tokens": (count, 1.0), "tokens_per_s": (float(slots), took)}
+        return found | {"tokens": (count, 1.0), "tokens_per_s": (float(slots), took)} | self.speed.measures(operations, took)
 
     def _one_pass(self, part: PackedBatch, loss: Loss, sums: Sums) -> None:
         logprobs, entropy = packed_logprobs(self.model, part)
@@ -132,4 +152,44 @@ class Training:
         if sound:
             self.optimiser.step(learning_rate)
         self.gradients.clear()
+        self._passes = 0
         return norm, sound
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from other weights of the same model: optimiser and adapters start anew.
+
+        Raises:
+            WeightsError: they are of another model; nothing has changed then.
+        """
+        self.model.load_tensors(tensors)
+        self._base = ""
+        if self.adapters is not None:
+            self.adapters.restart()
+        self.optimiser.adopt()
+        self.gradients.clear()
+
+    @property
+    def base(self) -> str:
+        """Digest of the model without its adapters, computed once as they are frozen."""
+        self._base = self._base or tensors_digest(self.model.named_tensors())
+        return self._base
+
+    def _dropping(self) -> AbstractContextManager[None]:
+        """The adapters' dropout, which depends on update, pass and member alone: a restored policy draws the same."""
+        self._passes += 1
+        if self.adapters is None:
+            return nullcontext()
+        return self.adapters.dropping(self.optimiser.steps, self._passes, self.meeting.rank)
+
+
+def prepare(model: CausalModel, *, lora: Lora | None, recomputed: str, compiled: bool) -> Adapters | None:
+    """Make a model ready for training: adapters in it, what is recomputed, compiled blocks.
+
+    Raises:
+        ModelError: the model has no linears of those names, or no blocks.
+    """
+    adapters = None if lora is None else Adapters(model.net, resolve(lora))
+    recompute(model.net, recomputed, dropout=lora is not None and lora.dropout > 0)
+    if compiled:
+        compile_blocks(model.net)
+    return adapters

@@ -1,0 +1,75 @@
+"""Time for memory: what a block computes is thrown away and computed again in the backward pass. And compiled blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rolecall.protocols.errors import ModelError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+def recompute(net: nn.Module, how: str, *, dropout: bool = False) -> None:
+    """Let the blocks of a model keep less for the backward pass (Chen et al. 2016, arXiv:1604.06174). Gradients stay the same.
+
+    Kept a token and layer (D hidden size, F size within the MLP, as in `rolecall.placement.memory.training`):
+
+    - "none": everything, about 5 D + attention + 4 F numbers.
+    - "selective": all but the inside of the MLP, the 4 F. Two of its three products are done again.
+    - "full": the block's input, D. The block is done again but for its last product.
+
+    Args:
+        net: our decoder or a Hugging Face model.
+        how: one of these.
+        dropout: whether random numbers are drawn in the blocks, to be drawn again.
+
+    Raises:
+        ModelError: a Hugging Face model whose blocks are not found.
+    """
+    if how == "none":
+        return
+    for block in blocks_of(net):
+        part = block if how == "full" else getattr(block, "mlp", None)
+        if not isinstance(part, nn.Module):
+            raise ModelError(f"The blocks of {type(net).__name__} have no MLP of that name.", remedy='set recompute to "full" or "none"')
+        part.forward = _again(part.forward, dropout)
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """Compile each block by itself (they are alike, so one compilation serves all); names and parameters stay.
+
+    Raises:
+        ModelError: a Hugging Face model whose blocks are not found.
+    """
+    for block in blocks_of(net):
+        block.compile()
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The blocks of our decoder or of a Hugging Face model.
+
+    Raises:
+        ModelError: there are none where they usually are.
+    """
+    found = getattr(net, "blocks", None) or getattr(getattr(net, "base_model", None), "layers", None)
+    if not isinstance(found, nn.ModuleList):
+        raise ModelError(
+            f"The blocks of {type(net).__name__} are not found, so they can be neither recomputed nor compiled.",
+            remedy='set recompute="none" and compile=False, or use a family that has its definition here',
+        )
+    return list(found)
+
+
+def _again(forward: Callable[..., Any], dropout: bool) -> Callable[..., Any]:
+    """A forward that is done again in the backward pass."""
+
+    def twice(*args: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **options)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=dropout, **options)
+
+    return twice
