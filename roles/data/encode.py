@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from rolecall.protocols.errors import DataError
+from rolecall.roles.data.chat import Messages
+from rolecall.roles.data.records import Completion, Conversation, Preference, Question, Record, Text, Words
+from rolecall.roles.data.spans import Span
+from rolecall.roles.data.tokenizer import Bool, Int32, Tokenizer
 
 if TYPE_CHECKING:
-    from rolecall.roles.data.records import Record
     from rolecall.roles.data.report import Report
     from transformers import PreTrainedTokenizerBase
 
-Int32 = npt.NDArray[np.int32]
-Bool = npt.NDArray[np.bool_]
+_Chat = Conversation | Completion | Preference
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +50,7 @@ class Encoder:
     """Turns records into tokens.
 
     Args:
-        tokenizer: of the model; AutoTokenizer's.
+        tokenizer: of the model; AutoTokenizer's, or ours.
         train: what is trained of a conversation: what the assistant says ("assistant"), only its last turn ("last"), or all.
         plain: take prompts and completions that are texts as they are; False puts them into the chat template as messages of the
             user and the assistant.
@@ -58,31 +60,150 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | Tokenizer,
         *,
         train: Literal["assistant", "last", "all"] = "assistant",
         plain: bool = False,
         suffix: str = "",
         system: str | None = None,
     ) -> None:
-        raise NotImplementedError
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
+        self.train, self.plain, self.suffix, self.system = train, plain, suffix, system
 
     def encode(self, record: Record) -> Encoded | Pair:
         """The tokens of one record.
 
         Raises:
             DataError: the template refuses it, or no token of it is trained; it says where the record is from.
+            ModelError: it needs a chat template, and there is none.
         """
-        raise NotImplementedError
+        return self.encode_all([record])[0]
 
     def encode_all(self, records: Sequence[Record], report: Report | None = None) -> list[Encoded | Pair]:
         """The tokens of many records, faster than one by one.
 
         Args:
             records: any of the five kinds.
-            report: where records that can't be encoded are counted and left out; None raises at the first.
+            report: where records that can't be encoded are counted as dropped; they are left out. None raises at the first.
 
         Raises:
             DataError: as `encode`, where there is no report.
+            ModelError: as `encode`.
         """
-        raise NotImplementedError
+        drafts: list[tuple[Record, tuple[_Draft, ...]]] = []
+        for record in records:
+            try:
+                drafts.append((record, self._drafts(record)))
+            except DataError as error:
+                _drop(report, error, record.place)
+        flat = [draft for _, own in drafts for draft in own]
+        done: dict[int, tuple[Int32, Bool]] = {}
+        for special in (False, True):
+            chosen = [number for number, draft in enumerate(flat) if draft.special == special]
+            texts, spans = [flat[number].text for number in chosen], [flat[number].spans for number in chosen]
+            done.update(zip(chosen, self.tokenizer.encode(texts, spans, special=special), strict=True))
+        found: list[Encoded | Pair] = []
+        number = 0
+        for record, own in drafts:
+            sides = [self._finished(record, draft, *done[number + place]) for place, draft in enumerate(own)]
+            number += len(own)
+            try:
+                found.append(_whole(record, sides))
+            except DataError as error:
+                _drop(report, error, record.place)
+        return found
+
+    def _drafts(self, record: Record) -> tuple[_Draft, ...]:
+        """The texts that a record is made of: one, or two for a preference."""
+        if isinstance(record, Text):
+            return (_Draft(record.text, [(0, len(record.text))], True, True),)
+        if isinstance(record, Conversation):
+            return (self._templated(record, record.messages, self.train),)
+        if isinstance(record, Question):
+            return (self._question(record),)
+        answers = (record.completion,) if isinstance(record, Completion) else (record.chosen, record.rejected)
+        if isinstance(record.prompt, str) and self.plain:
+            start = len(record.prompt)
+            return tuple(_Draft(record.prompt + str(answer), [(start, start + len(answer))], True, True) for answer in answers)
+        prompt = _said("user", record.prompt)
+        return tuple(self._after(record, prompt, _said("assistant", answer)) for answer in answers)
+
+    def _after(self, record: Completion | Preference, prompt: Messages, answer: Messages) -> _Draft:
+        """A prompt and what is said after it: only the assistant's turns of the latter are trained."""
+        before = tuple(message | {"weight": 0} if message["role"] == "assistant" else message for message in prompt)
+        return self._templated(record, (*before, *answer), "assistant")
+
+    def _question(self, record: Question) -> _Draft:
+        if isinstance(record.prompt, str) and self.plain:
+            return _Draft(record.prompt + self.suffix, [], True, False)
+        messages = [dict(message) for message in self._with_system(_said("user", record.prompt))]
+        messages[-1]["content"] += self.suffix
+        spans = self.tokenizer.spans(record.tools is not None)
+        rendered = spans.render(messages, record.tools, prompt=True, options=record.options, place=record.place)
+        return _Draft(rendered.text, [], False, False)
+
+    def _templated(self, record: _Chat, messages: Messages, train: Literal["assistant", "last", "all"]) -> _Draft:
+        spans = self.tokenizer.spans(record.tools is not None)
+        messages = self._with_system(messages)
+        rendered, own = spans.find(messages, record.tools, train=train, options=record.options, place=record.place)
+        return _Draft(rendered.text, own, False, False)
+
+    def _with_system(self, messages: Messages) -> Messages:
+        if self.system is None or messages[0]["role"] in ("system", "developer"):
+            return messages
+        return ({"role": "system", "content": self.system}, *messages)
+
+    def _finished(self, record: Record, draft: _Draft, tokens: Int32, trained: Bool) -> Encoded:
+        eos = self.tokenizer.eos
+        if draft.ends and eos is not None and (not len(tokens) or tokens[-1] != eos):
+            tokens, trained = np.append(tokens, np.int32(eos)), np.append(trained, True)
+        return Encoded(tokens, trained, record.id, record.place)
+
+
+class _Draft(NamedTuple):
+    """A text on its way to tokens."""
+
+    text: str
+    spans: list[Span]
+    special: bool  # the tokenizer adds what begins a text
+    ends: bool  # the end of text is added and trained
+
+
+def _said(role: str, words: Words) -> Messages:
+    return ({"role": role, "content": words},) if isinstance(words, str) else words
+
+
+def _whole(record: Record, sides: list[Encoded]) -> Encoded | Pair:
+    """What a record became.
+
+    Raises:
+        DataError: nothing of it is trained, or it is empty.
+    """
+    for side in sides:
+        if not len(side):
+            raise DataError(f"{record.place}: the record has no token.", remedy="take it out", why="no token")
+        side.trained[0] = False  # nothing comes before the first token to predict it from
+        if not isinstance(record, Question) and not side.trained.any():
+            raise DataError(
+                f"{record.place}: no token of the record is trained.",
+                have=f"{len(side)} tokens, none of them the assistant's",
+                remedy="take out conversations in which the assistant says nothing",
+                why="no trained token",
+            )
+    if len(sides) == 1:
+        return sides[0]
+    chosen, rejected = sides
+    length = min(len(chosen), len(rejected))
+    same = (chosen.tokens[:length] == rejected.tokens[:length]) & ~chosen.trained[:length] & ~rejected.trained[:length]
+    return Pair(chosen, rejected, int(np.argmin(same)) if not same.all() else length)
+
+
+def _drop(report: Report | None, error: DataError, place: str) -> None:
+    if report is None:
+        raise error
+    report.add("dropped", why(error, place), place=place)
+
+
+def why(error: DataError, place: str) -> str:
+    """The reason of an error in a few words, the same for all records it happens to."""
+    return str(getattr(error, "why", "") or error.message.removeprefix(place).lstrip(": ").partition(". ")[0])

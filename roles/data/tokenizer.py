@@ -1,0 +1,154 @@
+"""A thin class over AutoTokenizer, which stays the only source of token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from rolecall.roles.data.spans import Span, Spans
+from rolecall.roles.data.turns import Template
+from rolecall.roles.tokens import identity, load_tokenizer, require_chat_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Int32 = npt.NDArray[np.int32]
+Bool = npt.NDArray[np.bool_]
+
+
+class Tokenizer:
+    """What a tokenizer does not say itself: which tokens are the assistant's, what ends a turn, what may fill a row.
+
+    Args:
+        tokenizer: AutoTokenizer's, whatever its backend.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.hf = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._fast: Any = backend if getattr(tokenizer, "is_fast", False) else None
+        self._templates: dict[str, Spans] = {}
+
+    @classmethod
+    def load(cls, path: str) -> Tokenizer:
+        """That of a model folder or hub name.
+
+        Raises:
+            ModelError: there is none, or it can't be read.
+        """
+        return cls(load_tokenizer(path))
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash by which roles know that they mean the same tokens."""
+        return identity(self.hf)
+
+    @property
+    def eos(self) -> int | None:
+        """The token that ends a text."""
+        given: int | None = self.hf.eos_token_id
+        return given
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins a text."""
+        given: int | None = self.hf.bos_token_id
+        return given
+
+    @property
+    def pad(self) -> int:
+        """What fills unused slots: the pad token, else the end of text, else 0. Nothing attends to it and nothing trains it."""
+        given = self.hf.pad_token_id
+        given = self.eos if given is None else given
+        return 0 if given is None else int(given)
+
+    @cached_property
+    def added(self) -> tuple[str, ...]:
+        """Added tokens, special or not: <|im_end|>, <think>, …"""
+        return tuple(token.content for _, token in sorted(self.hf.added_tokens_decoder.items()))
+
+    @cached_property
+    def stops(self) -> tuple[str, ...]:
+        """Tokens at which a generation ends: the tokenizer's eos and those of the model's generation_config.json."""
+        found = [self.hf.eos_token]
+        try:
+            config = json.loads((Path(self.hf.name_or_path) / "generation_config.json").read_text())
+            ids = config.get("eos_token_id")
+            found += self.hf.convert_ids_to_tokens([each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)])
+        except (OSError, ValueError):
+            pass  # many folders have none
+        return tuple(dict.fromkeys(each for each in found if each))
+
+    def spans(self, tools: bool = False) -> Spans:
+        """The chat template's view of conversations (there may be another template for those with tools).
+
+        Raises:
+            ModelError: there is no chat template.
+        """
+        templates = self.hf.chat_template
+        require_chat_template(self.hf)
+        name = "tool_use" if tools and isinstance(templates, dict) and "tool_use" in templates else "default"
+        if name not in self._templates:
+            source = templates[name] if isinstance(templates, dict) else templates
+            self._templates[name] = Spans(Template(self.hf, source), self.added, self.stops, self.hf.bos_token or "")
+        return self._templates[name]
+
+    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], *, special: bool = False) -> list[tuple[Int32, Bool]]:
+        """Tokens of texts, and which of them lie in the spans.
+
+        A token that a span's start cuts is trained where only blanks stand before the cut.
+
+        Args:
+            texts: any.
+            spans: of each text, in characters, ascending.
+            special: let the tokenizer add what begins and ends a text (bos); templates write that themselves.
+        """
+        if self._fast is None:
+            return [self._slow(text, own, special) for text, own in zip(texts, spans, strict=True)]
+        found = []
+        for encoding, text, own in zip(self._fast.encode_batch(list(texts), add_special_tokens=special), texts, spans, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            trained = np.zeros(len(ids), dtype=np.bool_)
+            for start, stop in own:
+                first, last = _token_at(encoding, start, text), _token_at(encoding, stop, text)
+                if first < len(ids):
+                    begin = encoding.offsets[first][0]
+                    first += begin < start and bool(text[begin:start].strip())
+                trained[first:last] = True
+            found.append((ids, trained))
+        return found
+
+    def _slow(self, text: str, spans: Sequence[Span], special: bool) -> tuple[Int32, Bool]:
+        """For tokenizers that give no offsets: where a span begins and ends is found by decoding beginnings."""
+        ids = self.hf(text, add_special_tokens=special)["input_ids"]
+        trained = np.zeros(len(ids), dtype=np.bool_)
+        for start, stop in spans:
+            first, last = (self._tokens_of(ids, text[:cut]) for cut in (start, stop))
+            trained[first:last] = True
+        return np.array(ids, dtype=np.int32), trained
+
+    def _tokens_of(self, ids: list[int], beginning: str) -> int:
+        """How many tokens, decoded, make this beginning of the text: found by halving, as decoded beginnings only grow."""
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            if len(self.hf.decode(ids[:middle], skip_special_tokens=False, clean_up_tokenization_spaces=False)) < len(beginning):
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
+def _token_at(encoding: Any, position: int, text: str) -> int:
+    """The first token that holds the character at `position` or one after it."""
+    while position < len(text):
+        token = encoding.char_to_token(position)
+        if token is not None:
+            return int(token)
+        position += 1
+    return len(encoding.ids)

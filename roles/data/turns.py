@@ -1,0 +1,204 @@
+"""The chat template of a tokenizer, with the knowledge which part of the text came from which message.
+
+The prefix method (render one message less and compare) is wrong for templates that rewrite what came before: Qwen3 takes the
+thinking out of earlier turns, GPT-OSS ends the last turn otherwise. So the template itself is asked: its syntax tree gets a call
+at the start of each `for` body and after each loop, which says which message is in hand, and writes one mark where that
+changes. Nothing else of the template changes, so the text without its marks is what transformers renders. Templates with
+`{% generation %}` say themselves what is generated; their blocks are marked in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rolecall.protocols.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from jinja2 import nodes
+    from transformers import PreTrainedTokenizerBase
+
+MARK = "\ufdd0"  # a code point that Unicode keeps free for such uses
+NOBODY = -1
+
+
+class Piece(NamedTuple):
+    """A part of the rendered text."""
+
+    start: int  # characters
+    stop: int
+    message: int  # which message it came from; -1: none
+    generated: bool  # within {% generation %}
+
+
+class Rendered(NamedTuple):
+    """A templated conversation."""
+
+    text: str
+    pieces: list[Piece]  # they tile the text
+
+
+class _Recorder:
+    """Follows the loops of a template while it renders."""
+
+    def __init__(self, messages: Sequence[dict[str, Any]]) -> None:
+        self.states: list[tuple[int, bool]] = []  # (message, generated) after each mark
+        self._number = {id(message): number for number, message in enumerate(messages)}
+        self._loops: list[tuple[int, int]] = []  # (loop, message) of the loops over messages that are open
+        self._generated = False
+
+    def begin(self, loop: int, item: object) -> str:
+        message = self._number.get(id(item), NOBODY)
+        if message == NOBODY:
+            return ""
+        self._leave(loop)
+        self._loops.append((loop, message))
+        return self._mark()
+
+    def end(self, loop: int) -> str:
+        return self._mark() if self._leave(loop) else ""
+
+    def generation(self, inside: bool) -> str:
+        self._generated = inside
+        return self._mark()
+
+    def _leave(self, loop: int) -> bool:
+        for depth, (number, _) in enumerate(self._loops):
+            if number == loop:
+                del self._loops[depth:]
+                return True
+        return False
+
+    def _mark(self) -> str:
+        self.states.append((self._loops[-1][1] if self._loops else NOBODY, self._generated))
+        return MARK
+
+
+class Template:
+    """One chat template, ready to render.
+
+    Args:
+        tokenizer: whose special tokens the template may name.
+        source: the template's text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+        from jinja2 import Template as Compiled
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        self._special = dict(tokenizer.special_tokens_map)
+        try:
+            environment = _compile_jinja_template(source).environment
+            tree = environment.parse(source)
+            self.generations = _instrument(tree)  # how many {% generation %} blocks it has
+            tree.set_environment(environment)
+            code = environment.compile(tree)
+            self._template = Compiled.from_code(environment, code, environment.make_globals(None))
+        except TemplateError as error:
+            raise ModelError(
+                f"The chat template of {tokenizer.name_or_path} is broken: {error}.",
+                remedy="repair chat_template.jinja in the model folder",
+            ) from error
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        prompt: bool = False,
+        options: dict[str, Any] | None = None,
+        place: str = "",
+    ) -> Rendered:
+        """The text of a conversation, and which message each part of it is from.
+
+        Args:
+            messages: all distinct objects.
+            tools: that may be called.
+            prompt: add the beginning of the assistant's next turn.
+            options: further variables of the template.
+            place: where the record is from.
+
+        Raises:
+            DataError: the template refuses the messages, or fails at them.
+        """
+        recorder = _Recorder(messages)
+        context = {**self._special, **(options or {}), "messages": list(messages), "tools": None if tools is None else list(tools)}
+        marks = {"rolecall_begin": recorder.begin, "rolecall_end": recorder.end, "rolecall_generation": recorder.generation}
+        try:
+            marked = self._template.render({**context, "documents": None, "add_generation_prompt": prompt, **marks})
+        except Exception as error:  # the template's own code runs here: it may raise anything
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise DataError(
+                f"{place}: the chat template refuses the conversation: {type(error).__name__}: {error}.",
+                have=f"messages of {roles}",
+                remedy="bring the messages into the order that the template wants, or take the record out",
+            ) from error
+        parts = marked.split(MARK)
+        if len(parts) != len(recorder.states) + 1:
+            raise DataError(f"{place}: the conversation holds the character U+FDD0, which is no text.", remedy="take it out")
+        return _tile(parts, recorder.states)
+
+
+def _tile(parts: list[str], states: list[tuple[int, bool]]) -> Rendered:
+    pieces: list[Piece] = []
+    position = 0
+    for part, (message, generated) in zip(parts, [(NOBODY, False), *states], strict=True):
+        if not part:
+            continue
+        if pieces and pieces[-1][2:] == (message, generated):
+            pieces[-1] = pieces[-1]._replace(stop=position + len(part))
+        else:
+            pieces.append(Piece(position, position + len(part), message, generated))
+        position += len(part)
+    return Rendered("".join(parts), pieces)
+
+
+def _instrument(tree: nodes.Template) -> int:
+    """Put the calls into a syntax tree; the number of {% generation %} blocks found.
+
+    What is captured (macros, {% set %} blocks, filter blocks) is left alone: marks there could be cut, counted or thrown away.
+    """
+    from jinja2 import nodes
+
+    found = 0
+    loops = 0
+
+    def say(name: str, *arguments: nodes.Expr) -> nodes.Output:
+        return nodes.Output([nodes.Call(nodes.Name(name, "load"), list(arguments), [], None, None)])
+
+    def walk(node: Any) -> None:
+        nonlocal found, loops
+        for field in ("body", "else_", "elif_"):
+            block = getattr(node, field, None)
+            if not isinstance(block, list):
+                continue
+            changed: list[nodes.Node] = []
+            for each in block:
+                if _is_generation(each):
+                    found += 1
+                    inside = nodes.Scope(each.body)
+                    walk(inside)
+                    changed += [say("rolecall_generation", nodes.Const(True)), inside, say("rolecall_generation", nodes.Const(False))]
+                    continue
+                if isinstance(each, nodes.Macro | nodes.AssignBlock | nodes.CallBlock | nodes.FilterBlock):
+                    changed.append(each)
+                    continue
+                walk(each)
+                changed.append(each)
+                if isinstance(each, nodes.For) and isinstance(each.target, nodes.Name):
+                    loops += 1
+                    each.body.insert(0, say("rolecall_begin", nodes.Const(loops), nodes.Name(each.target.name, "load")))
+                    changed.append(say("rolecall_end", nodes.Const(loops)))
+            setattr(node, field, changed)
+
+    walk(tree)
+    for node in tree.find_all(nodes.Node):
+        if node.lineno is None:
+            node.lineno = 1
+    return found
+
+
+def _is_generation(node: Any) -> bool:
+    call = getattr(node, "call", None)
+    return type(node).__name__ == "CallBlock" and getattr(getattr(call, "node", None), "name", "") == "_generation_support"
