@@ -68,14 +68,21 @@ class Ours(Contender):
 
     def step(self, rows: Rows) -> None:
         self.policy.accumulate(self._batch(rows), loss=nll)
-        self.policy.update(RATE)
-        self.policy.meter.drain()
+        self._update()
 
     def loss_and_norm(self, rows: Rows) -> tuple[float, float]:
         total, weight = self.policy.accumulate(self._batch(rows), loss=nll).sums["loss"]
+        return total / weight, self._norm()
+
+    def _update(self) -> None:
+        self.policy.update(RATE)
+        self.policy.meter.drain()
+
+    def _norm(self) -> float:
+        """The gradient's norm; at rate 0 nothing moves."""
         self.policy.meter.drain()
         self.policy.update(0.0)
-        return total / weight, self.policy.meter.drain()["grad_norm"][0]
+        return self.policy.meter.drain()["grad_norm"][0]
 
     def close(self) -> None:
         self.policy.close()
@@ -212,13 +219,27 @@ def _register_varlen() -> None:
         max_length_q: int = 0,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        q, k, v = (part.transpose(1, 2)[0] for part in (query, key, value))
+        rows, _, slots, _ = query.shape
+        q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+        chosen = None
+        if attention_mask is not None:  # padded rows: attention on the real tokens alone, as transformers does it in every layer
+            chosen, cu_seq_lens_q, max_length_q = _unpadded(attention_mask)
+            q, k, v = q[chosen], k[chosen], v[chosen]
         near = {"window_size_left": sliding_window - 1, "window_size_right": 0} if sliding_window else {}
         ends, longest = cu_seq_lens_q, max_length_q
         out = torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scaling, **near)[0]
-        return out[None], None
+        if chosen is not None:
+            out = out.new_zeros(rows * slots, *out.shape[1:]).index_copy(0, chosen, out)
+        return out.view(rows, slots, *out.shape[1:]), None
 
     AttentionInterface.register("varlen", varlen)
+
+
+def _unpadded(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Slots of real tokens, their offsets by row, and the longest row."""
+    sizes = mask.sum(-1, dtype=torch.int32)
+    ends = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+    return mask.flatten().nonzero()[:, 0], ends, int(sizes.max())
 
 
 def _apply_liger(net: Any, modeling: Any) -> dict[str, Any]:

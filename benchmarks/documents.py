@@ -129,3 +129,15 @@ def rows_of(law: Law, rows: int, capacity: int, vocab: int, seed: int) -> Rows:
     full = np.flatnonzero(fullness >= min(0.995 * capacity, np.sort(fullness)[-rows]))
     chosen = random.choice(full, rows, replace=False)
     return Rows([[random.integers(4, vocab, sizes[each], dtype=np.int32) for each in packed[row]] for row in chosen.tolist()], capacity)
+
+
+def rows_on_the_fly(law: Law, rows: int, capacity: int, vocab: int, seed: int) -> Rows:
+    """Random documents of a law in the first rows that on-line best fit closes once it has closed as many before."""
+    from rolecall.kernels.packing import OpenRows
+
+    random = np.random.default_rng(seed)
+    packer, closed, lengths = OpenRows(capacity), [], []
+    while len(closed) < 2 * rows:
+        lengths.append(int(law.draw(random, 1)[0]))
+        closed += packer.add(lengths[-1], len(lengths) - 1)
+    return Rows([[random.integers(4, vocab, lengths[each], dtype=np.int32) for each in row] for row in closed[rows : 2 * rows]], capacity)

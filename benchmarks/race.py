@@ -87,6 +87,7 @@ def race(
     rounds: int,
     steps: Mapping[str, int],
     missing: dict[str, str],
+    warm: bool = True,
 ) -> dict[str, Result]:
     """Time the contenders; those that fail go to `missing` with the reason.
 
@@ -94,6 +95,7 @@ def race(
         makers: name → what makes it. They are all kept, so that they can take turns.
         lots: batches, used in turn.
         steps: timed steps of each contender in a round.
+        warm: an untimed step goes first in every round.
     """
     running: dict[str, Contender] = {}
     results: dict[str, Result] = {}
@@ -108,16 +110,17 @@ def race(
         clean()
     for number in range(rounds):
         for name in list(running) if number % 2 == 0 else reversed(list(running)):
-            results[name].seconds.append(timed(running[name], lots, number, steps[name]))
+            results[name].seconds.append(timed(running[name], lots, number, steps[name], warm=warm))
         clean()
     for contender in running.values():
         contender.close()
     return results
 
 
-def timed(contender: Contender, lots: Sequence[Rows], number: int, steps: int) -> float:
+def timed(contender: Contender, lots: Sequence[Rows], number: int, steps: int, *, warm: bool = True) -> float:
     """Seconds of a step; every contender sees the same lots in the same rounds when they make equally many steps."""
-    contender.step(lots[number % len(lots)])
+    if warm:
+        contender.step(lots[number % len(lots)])
     sync()
     began = time.perf_counter()
     for step in range(steps):
