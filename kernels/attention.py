@@ -7,12 +7,22 @@ prompt continue the prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
+from rolecall.kernels.attention_cpu import CpuJob, find_blocks, worth_it
+from rolecall.kernels.attention_spans import by_job
+from rolecall.kernels.segments import Segments, find_segments
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 class Packed:
     """Packed rows: each slot sees its own segment up to itself, and the segments that this one continues.
+
+    Segments are looked at on the host, once: give tensors of the CPU, even for a model on a GPU, where they are at hand.
 
     Args:
         segments: [R, C] int, number of the segment of each slot, -1 where there is none. Ancestors come earlier in the row.
@@ -30,21 +40,40 @@ class Packed:
                 f"{tuple(positions.shape)}. Do: give segments [R, C], parents [S], positions [R, C]."
             )
         self.segments, self.parents, self.positions = segments, parents, positions
-        self._dense: dict[int, Tensor] = {}
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def found(self) -> Segments:
+        """Where the segments lie, on the host; found once.
+
+        Raises:
+            ValueError: they don't tile the rows, or parents make no sense (`segments.find_segments`).
+        """
+        parts = self.segments, self.parents, self.positions
+        return self.keep(("found",), lambda: find_segments(*(part.cpu().numpy() for part in parts)))
+
+    def keep(self, name: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What was made under this name before, or is made now: masks and the like, shared by all layers of a model."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        made: Made = self._kept[name]
+        return made
 
     def dense(self, window: int = 0) -> Tensor:
-        """[R, 1, C, C] bool, True where query i may attend to key j; kept, so that layers share it.
+        """[R, 1, C, C] bool, True where query i may attend to key j, on the device of `segments`; kept.
 
         Args:
             window: a slot sees only keys whose position is greater than its own less this; 0 for no such limit.
 
         Raises:
-            ValueError: a segment has no entry in `parents`, parents go in a circle, or the window is negative.
+            ValueError: what `found` raises.
         """
-        if window not in self._dense:
-            mask = packed_mask(self.segments, self.parents)
-            self._dense[window] = _near(mask, self.positions, self.positions, window)
-        return self._dense[window]
+
+        def make() -> Tensor:
+            assert self.found  # noqa: S101 - checks the segments
+            return _near(packed_mask(self.segments, self.parents), self.positions, self.positions, window)
+
+        return self.keep(("dense", window), make)
 
 
 class Dense:
@@ -76,8 +105,10 @@ class Dense:
 
 
 Where = Packed | Dense
+HALF = (torch.float16, torch.bfloat16)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph of a compiled model breaks here: what is done depends on where segments lie
 def attend(
     q_RHCd: Tensor,
     k_RGKd: Tensor,
@@ -102,18 +133,66 @@ def attend(
         sinks: [H] a logit a head that takes part in the softmax and has no value (GPT-OSS).
 
     Returns:
-        [R, H, C, d] in the queries' dtype.
+        [R, H, C, d] in the queries' dtype. At slots without a segment it is finite and means nothing.
 
     Raises:
-        ValueError: shapes disagree, softcap or window is negative, or what `Packed.dense` raises.
+        ValueError: shapes disagree, softcap or window is negative, or what `Packed.found` raises.
     """
-    _check(q_RHCd, k_RGKd, v_RGKd, where, softcap, sinks)
+    _check(q_RHCd, k_RGKd, v_RGKd, where, window, softcap, sinks)
+    if isinstance(where, Packed):
+        if q_RHCd.is_cuda and q_RHCd.dtype in HALF and q_RHCd.shape[3] % 8 == 0 and q_RHCd.shape[3] <= 256:
+            return _on_gpu(q_RHCd, k_RGKd, v_RGKd, where, window, scale, softcap, sinks)
+        if q_RHCd.device.type == "cpu" and not softcap:
+            blocks = where.keep(("blocks", window), lambda: find_blocks(where.found, window))
+            if sinks is not None or where.keep(("worth", window), lambda: worth_it(blocks, *where.segments.shape)):
+                return by_job(q_RHCd, k_RGKd, v_RGKd, CpuJob(blocks, scale), sinks)
+    mask = where.dense(window).to(q_RHCd.device)
     if softcap or sinks is not None:
-        return attend_plain(q_RHCd, k_RGKd, v_RGKd, where, window=window, scale=scale, softcap=softcap, sinks=sinks)
-    grouped = q_RHCd.shape[1] != k_RGKd.shape[1]
-    return torch.nn.functional.scaled_dot_product_attention(
-        q_RHCd, k_RGKd, v_RGKd, attn_mask=where.dense(window), scale=scale, enable_gqa=grouped
-    )
+        return _grouped(q_RHCd, k_RGKd, v_RGKd, mask, scale, softcap, sinks)
+    return _masked(q_RHCd, k_RGKd, v_RGKd, mask, scale)
+
+
+def _on_gpu(q: Tensor, k: Tensor, v: Tensor, where: Packed, window: int, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+    """Flash kernels where they know the mask, FlexAttention for the rest."""
+    if softcap or (window and where.keep(("beyond", window), lambda: where.found.beyond(window))):
+        from rolecall.kernels.attention_flex import flex, make_block_mask
+
+        mask = where.keep(("flex", window, q.device), lambda: make_block_mask(where.found, where.positions, window, q.device))
+        return flex(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+    from rolecall.kernels.attention_flash import FlashJob, find_lines
+
+    lines = where.keep(("lines", q.device), lambda: find_lines(where.found, q.device))
+    return by_job(q, k, v, FlashJob(lines, window, scale), sinks)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """PyTorch's attention under a dense mask."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    rows, heads, queries, size = q.shape
+    times = heads // k.shape[1]
+    if queries == 1:
+        # Decoding. With one query a head the heads of one key head become its queries: there is no causal order among them.
+        return attention(q.reshape(rows, k.shape[1], times, size), k, v, attn_mask=mask, scale=scale).reshape(q.shape)
+    if q.is_cuda and times > 1:
+        k, v = (part.repeat_interleave(times, dim=1) for part in (k, v))  # CUDA kernels that take a mask don't group heads
+        return attention(q, k, v, attn_mask=mask, scale=scale)
+    return attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=times > 1)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+    """By the formula, keys and values not copied for every query head; softmax in float32 or wider."""
+    rows, heads, queries, size = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    times = heads // groups
+    logits = (q.reshape(rows, groups, times * queries, size) @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.view(rows, groups, times, queries, keys).masked_fill(~mask[:, :, None], float("-inf"))
+    if sinks is not None:
+        column = sinks.to(logits.dtype).view(1, groups, times, 1, 1).expand(rows, -1, -1, queries, 1)
+        logits = torch.cat([logits, column], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., :keys].to(q.dtype)
+    return (weights.reshape(rows, groups, times * queries, keys) @ v).view(q.shape)
 
 
 def attend_plain(
@@ -128,14 +207,14 @@ def attend_plain(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The same by the formula, in float32 or wider, with all products at once."""
-    _check(q_RHCd, k_RGKd, v_RGKd, where, softcap, sinks)
+    _check(q_RHCd, k_RGKd, v_RGKd, where, window, softcap, sinks)
     wide = torch.promote_types(q_RHCd.dtype, torch.float32)
     times = q_RHCd.shape[1] // k_RGKd.shape[1]
     keys, values = (part.to(wide).repeat_interleave(times, dim=1) for part in (k_RGKd, v_RGKd))
     logits = q_RHCd.to(wide) @ keys.mT * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~where.dense(window), float("-inf"))
+    logits = logits.masked_fill(~where.dense(window).to(logits.device), float("-inf"))
     if sinks is not None:
         rows, _, queries, _ = logits.shape
         logits = torch.cat([logits, sinks.to(wide)[None, :, None, None].expand(rows, -1, queries, 1)], dim=-1)
@@ -183,14 +262,14 @@ def packed_mask(segments: Tensor, parents: Tensor) -> Tensor:
 
 def _near(mask: Tensor, positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
     """The mask, keys out of the window left out."""
-    if window < 0:
-        raise ValueError(f"A window is a number of positions. Asked: window={window}. Do: give 1 or more, or 0 for no window.")
     if not window:
         return mask
     return mask & (key_positions[:, None, None, :] > positions[:, None, :, None] - window)
 
 
-def _check(q_RHCd: Tensor, k_RGKd: Tensor, v_RGKd: Tensor, where: Where, softcap: float, sinks: Tensor | None) -> None:
+def _check(q_RHCd: Tensor, k_RGKd: Tensor, v_RGKd: Tensor, where: Where, window: int, softcap: float, sinks: Tensor | None) -> None:
+    if window < 0:
+        raise ValueError(f"A window is a number of positions. Asked: window={window}. Do: give 1 or more, or 0 for no window.")
     rows, heads, queries, size = q_RHCd.shape
     shape = (*where.segments.shape, queries) if isinstance(where, Packed) else where.mask.shape[::2] + where.mask.shape[3:]
     keys = k_RGKd.shape
