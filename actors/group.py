@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rolecall.actors.packing import Packing
+from rolecall.actors.packing import Assembly
 from rolecall.actors.pending import Part, Pending
 from rolecall.actors.plans import CallPlan, Composed, Slices
 from rolecall.protocols import CallError, DataError, Divisible, Message, Receipt, UserError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rolecall.placement import PlacedPool
 
 SLACK = 1.1  # parts this close to equal are left where they are: moving tokens costs more than the imbalance
-SPLITTABLE = (Pending, Packing, Divisible)
+SPLITTABLE = (Pending, Assembly, Divisible)
 
 
 class Group:
@@ -85,10 +85,14 @@ class Group:
             self.metrics[name] = (so_far[0] + total, so_far[1] + weight)
 
     def drain(self) -> dict[str, float]:
-        """Wait for the open calls, then give the means of what was measured since the last drain, as `role/name`."""
+        """Wait for the open calls, then give the means of what was measured since the last drain, as `role/name`.
+
+        Calls that run ahead of what needs them are not waited for; they count where they end.
+        """
         for pending in self._open:
-            pending.wait()
-        self._open = []
+            if not pending.ahead or pending.done():
+                pending.wait()
+        self._open = [pending for pending in self._open if pending.ahead and not pending.done()]
         means = {f"{self.name}/{name}": total / weight for name, (total, weight) in self.metrics.items() if weight}
         for verb, seconds in self.seconds.items():
             means[f"time/{self.name}.{verb}_s"] = sum(seconds) / self.world
@@ -162,7 +166,7 @@ def _split(group: Group, verb: str, arguments: tuple[Any, ...], options: dict[st
     held = [value for value in (*arguments, *options.values()) if isinstance(value, SPLITTABLE)]
     if not held:
         raise UserError(f"{group.name}.split.{verb}: none of its arguments can be split.", remedy="use .all for a call without a batch")
-    origins = {id(value.origin) if isinstance(value, Pending | Packing) else id(value) for value in held}
+    origins = {id(value.origin) if isinstance(value, Pending | Assembly) else id(value) for value in held}
     keys = [_keys(value) for value in (held if len(origins) > 1 else held[:1])]
     if any(len(other) != len(keys[0]) or bool((other != keys[0]).any()) for other in keys[1:]):
         raise DataError(
@@ -175,7 +179,7 @@ def _split(group: Group, verb: str, arguments: tuple[Any, ...], options: dict[st
     chosen = tuple(assignment[rank] for rank in ranks)
     for part, units in zip(parts, chosen, strict=True):
         part.keys = keys[0][units]
-    source = held[0].origin if isinstance(held[0], Pending | Packing) else None
+    source = held[0].origin if isinstance(held[0], Pending | Assembly) else None
     return Pending(parts, many=True, deadline=group.deadline, assignment=chosen, source=source)
 
 
@@ -187,7 +191,7 @@ def _keys(value: Any) -> np.ndarray:
 def _assign(value: Any, world: int) -> list[np.ndarray]:
     """Units for each member: the parts as they lie where that is balanced, else by tokens."""
     sizes = (value.outline() if isinstance(value, Divisible) else value.outline).sizes
-    if not isinstance(value, Divisible):
+    if not isinstance(value, Divisible) and value.settled:
         layout = value.layout
         loads = np.bincount(layout.part, weights=sizes, minlength=world)
         if len(layout.offsets) - 1 == world and loads.max() <= SLACK * loads.mean():
@@ -199,7 +203,7 @@ def _submit(group: Group, rank: int, verb: str, arguments: tuple[Any, ...], opti
     frames: list[Any] = []
 
     def one(value: Any) -> Any:
-        if isinstance(value, Packing):
+        if isinstance(value, Assembly):
             given = value.arguments if units is None else value.part(units)
             return Composed(value.make, tuple(map(one, given)), value.options)
         if isinstance(value, Pending):

@@ -100,6 +100,8 @@ class Pending(Generic[M]):
         many: whether the call went to several members (`all`, `split`) or to one (`any`, `one`).
         assignment: for `split`, which units of the input each part answers.
         source: for `split`, the call whose units these are, in the same order: known before any member has answered.
+        settled: whether its parts may stay with the members that hold them; else `split` balances its units anew.
+        ahead: whether it was asked for before it is needed: the end of a step doesn't wait for it.
     """
 
     parts: tuple[Part, ...]
@@ -108,6 +110,8 @@ class Pending(Generic[M]):
     started: float = field(default_factory=time.monotonic)
     assignment: tuple[np.ndarray, ...] | None = None
     source: Pending[Any] | None = None
+    settled: bool = True
+    ahead: bool = False
     _outline: Outline | None = None
     _layout: Layout | None = None
 
@@ -234,6 +238,13 @@ class Pending(Generic[M]):
 def gather(*pendings: Pending[Any]) -> tuple[Any, ...]:
     """Wait for several calls that run at the same time, then give them back (still unfetched)."""
     return tuple(pending.wait() for pending in pendings)
+
+
+def stretch(pendings: Sequence[Pending[M]], start: int, stop: int) -> Pending[M]:
+    """Units start .. stop-1 of several answers laid end to end, as one answer. Waits for their receipts, not for their bytes."""
+    parts = tuple(part for pending in pendings for part in pending._answered())
+    layout = Layout.of([len(_outline_of(part).keys) for part in parts]).between(start, stop)
+    return Pending(parts, many=True, deadline=max(pending.deadline for pending in pendings), settled=False, _layout=layout)
 
 
 def _outline_of(part: Part) -> Outline:

@@ -90,8 +90,12 @@ class Layout:
         return cls(part[back], unit[back], offsets)
 
     def in_part_order(self) -> bool:
-        """Whether joining the parts gives the seen order."""
-        return bool((np.diff(self.offsets[self.part] + self.unit) == 1).all())
+        """Whether joining the parts gives the seen units, all of them and in order."""
+        return len(self.part) == self.offsets[-1] and bool((np.diff(self.offsets[self.part] + self.unit) == 1).all())
+
+    def between(self, start: int, stop: int) -> Layout:
+        """The layout of the seen units start .. stop-1 alone."""
+        return Layout(self.part[start:stop], self.unit[start:stop], self.offsets)
 
     def slices(self, units: Array, number: Callable[[int], int]) -> Slices:
         """How to collect these seen units, in this order; `number(part)` is called for each part that is needed."""

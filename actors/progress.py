@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rolecall.actors.evaluation import Evaluation
 
-SHOWN = {
-    "reward": "reward/mean",
-    "kl": "policy/kl",
-    "loss": "policy/loss",
-    "tok/s": "rollout/tokens_per_s",
-    "step s": "time/step_s",
-}
+SHOWN = (  # the first metric of a word that there is
+    ("reward", "reward/mean"),
+    ("kl", "policy/kl"),
+    ("loss", "policy/loss"),
+    ("held-out loss", "policy/held_out_loss"),
+    ("tok/s", "rollout/tokens_per_s"),
+    ("tok/s", "policy/tokens_per_s"),
+    ("mfu", "policy/mfu"),
+    ("data wait", "data/wait_share"),
+    ("step s", "time/step_s"),
+)
 
 
 class Progress:
     """Progress of a run's steps. On a terminal a bar that stays in place; elsewhere a line a step, for logs."""
 
-    def __init__(self, name: str, steps: int) -> None:
-        self._name, self._steps, self._started = name, steps, time.monotonic()
+    def __init__(self, name: str, steps: int, first: int = 0) -> None:
+        self._name, self._steps, self._first, self._started = name, steps, first, time.monotonic()
         self._bar: Any = None
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -36,16 +40,17 @@ class Progress:
                 TextColumn("{task.fields[shown]}"),
             )
             self._bar.start()
-            self._task = self._bar.add_task(name, total=steps, shown="first step…")
+            self._task = self._bar.add_task(name, total=steps, completed=first, shown="first step…")
 
     def show(self, line: dict[str, float]) -> None:
         """Show the metrics of a finished step."""
-        shown = "  ".join(f"{word} {line[name]:.4g}" for word, name in SHOWN.items() if name in line)
+        words = {word: line[name] for word, name in reversed(SHOWN) if name in line}
+        shown = "  ".join(f"{word} {value:.4g}" for word, value in reversed(words.items()))
         done = int(line["step"])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, shown=shown)
             return
-        left = (time.monotonic() - self._started) / done * (self._steps - done)
+        left = (time.monotonic() - self._started) / max(1, done - self._first) * (self._steps - done)
         print(f"step {done}/{self._steps}  {shown}  left {left / 60:.1f} min", flush=True)
 
     def close(self) -> None:

@@ -13,13 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import msgspec
+from rolecall.actors import saving
 from rolecall.actors.config import dump
 from rolecall.actors.evaluation import Evaluation, table_of
+from rolecall.actors.feeding import Feed
 from rolecall.actors.group import Group
 from rolecall.actors.pending import TRAFFIC, Pending
 from rolecall.actors.progress import Progress
 from rolecall.actors.spawn import spawn
-from rolecall.protocols import ConfigError, Prompts, Samples, Scores
+from rolecall.protocols import ConfigError, PackedBatch, Prompts, Samples, Scores
 from rolecall.roles.base import Role
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class RunArgs(msgspec.Struct, frozen=True, kw_only=True):
     memory: Annotated[
         dict[str, dict[str, Any]], msgspec.Meta(description="what roles hold in memory: tables [memory.ROLE], for the plan")
     ] = msgspec.field(default_factory=dict)
+    resume: Annotated[str, msgspec.Meta(description="folder of a run, or of one of its checkpoints, to go on from")] = ""
     samples_every: Annotated[int, msgspec.Meta(ge=0, description="steps between saved samples; 0 saves none")] = 10
 
 
@@ -67,6 +70,10 @@ class Run:
         self._groups: list[Group] = []
         self._step_started = self._started = time.monotonic()
         self._progress: Progress | None = None
+        self._first = 0  # step that was resumed from
+        self._places: dict[str, Any] = {}  # data group → where it is after this step: states to come, or block and row
+        self._restored: dict[str, dict[str, int]] = {}  # data group → where it was
+        self._waited: dict[str, float] = {}  # data group → seconds that this step waited for it
 
     def __enter__(self) -> Self:
         return self
@@ -92,20 +99,73 @@ class Run:
         return group
 
     def steps(self, data: Group, count: int, *, prompts: int) -> Iterator[tuple[int, Pending[Prompts]]]:
-        """Steps 1 to `count`, each with its prompts, which the data members prepare one step ahead."""
-        self._progress = Progress(self.name, count)
+        """Steps up to `count`, from 1 or from where a resumed run goes on, each with its prompts, which the data members
+        prepare one step ahead."""
+        self._progress = Progress(self.name, count, self._first)
         ahead = data.any.prompts(prompts)
-        for step in range(1, count + 1):
-            self._step_started = time.monotonic()
-            for group in self._groups:
-                group.step = step
-            for pool in {id(group.pool.connection): group.pool for group in self._groups}.values():
-                pool.connection.check(f"step {step}")  # Ray would go on without its head for a minute, then end this process
+        for step in range(self._first + 1, count + 1):
+            self._begin(step)
             current = ahead
+            if "state" in data.verbs:
+                self._places[data.name] = data.all.state()  # before they prepare what is not of this step
             if step < count:
                 ahead = data.any.prompts(prompts)
             yield step, current
         self._progress.close()
+
+    def batches(self, data: Group, count: int, *, rows: int, ahead: int = 0) -> Iterator[tuple[int, Pending[PackedBatch]]]:
+        """Steps up to `count`, from 1 or from where a resumed run goes on, each with its packed rows.
+
+        The data members make blocks of rows ahead of the training: `ahead` rows beyond the step's, those of three steps without
+        it. `data/wait_share` is the part of a step that was spent waiting for them. Where the data ends, so do the steps.
+        """
+        place = self._restored.get(data.name, {})
+        feed = Feed(data, ahead=ahead or 3 * rows, block=place.get("block", 0), row=place.get("row", 0))
+        self._progress = Progress(self.name, count, self._first)
+        for step in range(self._first + 1, count + 1):
+            self._begin(step)
+            taken = feed.take(rows, (count - step) * rows)
+            if taken is None:
+                break
+            self._waited[data.name] = feed.waited
+            self._places[data.name] = (feed.block, feed.row)
+            yield step, taken
+        self._progress.close()
+
+    def _begin(self, step: int) -> None:
+        self._step_started = time.monotonic()
+        for group in self._groups:
+            group.step = step
+        for pool in {id(group.pool.connection): group.pool for group in self._groups}.values():
+            pool.connection.check(f"step {step}")  # Ray would go on without its head for a minute, then end this process
+
+    def save(self, step: int, *groups: Group) -> str:
+        """Write a checkpoint of these groups after a step: the policy's folder, and where the data was. Returns the policy's folder.
+
+        `--resume` goes on from it exactly: the next updates are those of a run that never stopped.
+        """
+        states: dict[str, list[dict[str, int]]] = {}
+        for group in groups:
+            place = self._places.get(group.name)
+            if isinstance(place, Pending):
+                states[group.name] = place.result()
+            elif place is not None:
+                states[group.name] = [group.one(0).state(*place).result()]
+        return str(saving.write(self.folder, step, groups, states))
+
+    def resume(self, *groups: Group) -> int:
+        """With `--resume`, give these groups what the checkpoint has of them. Returns its step, 0 without `--resume`.
+
+        Raises:
+            ConfigError: there is no checkpoint, or it has nothing of a group.
+        """
+        if self.args.resume:
+            place, saved = saving.find(self.args.resume)
+            saving.restore(place, saved, groups)
+            self._first = saved.step
+            self._restored = {name: states[0] for name, states in saved.states.items()}
+            print(f"resumed after step {saved.step} of {place}", flush=True)
+        return self._first
 
     def log(self, step: int, *, samples: Pending[Samples] | None = None, scores: Scores | None = None, **extra: float) -> dict[str, float]:
         """End a step: wait for all open calls, write one line of metrics, show it, now and then save the samples."""
@@ -118,7 +178,9 @@ class Run:
             line.setdefault("reward/failed", float((scores.status == scores.STATUS.index("failed")).mean()))
             if scores.scored.any():
                 line.setdefault("reward/mean", float(scores.values[scores.scored].mean()))
-        line["time/step_s"] = time.monotonic() - self._step_started
+        line["time/step_s"] = took = time.monotonic() - self._step_started
+        line |= {f"{name}/wait_share": waited / took for name, waited in self._waited.items()}
+        self._waited = {}
         line["time/run_s"] = time.monotonic() - self._started
         line["controller/fetched_bytes"], line["controller/forwarded_bytes"] = TRAFFIC.fetched, TRAFFIC.forwarded
         self._metrics.write(
