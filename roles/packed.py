@@ -10,11 +10,14 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from rolecall.kernels.attention import Packed
+from rolecall.kernels.cross_entropy import linear_cross_entropy
 from rolecall.kernels.logprobs import token_logprobs
 from rolecall.protocols.messages import Logprobs, PackedBatch, Samples
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.packing import pack_samples, scatter, take_rows
 from torch import Tensor
+
+IGNORED = -100  # target of a slot that predicts nothing
 
 
 def passes(batch: PackedBatch, rows_per_pass: int) -> Iterator[PackedBatch]:
@@ -35,17 +38,48 @@ def packed_logprobs(model: CausalModel, part: PackedBatch) -> tuple[Tensor, Tens
     Returns:
         logprobs [K], entropy [K], at the batch's temperature, in nats, float32 (float64 for a float64 model).
     """
+    states = _states(model, part)[on_device(part.sources, model.device)]
+    return token_logprobs(
+        states,
+        model.head,
+        on_device(part.targets, model.device),
+        temperature=part.temperature,
+        vocab=model.spec.vocab,
+        softcap=model.spec.logit_softcap,
+        scale=model.spec.logit_scale,
+    )
+
+
+def packed_nll(model: CausalModel, part: PackedBatch) -> Tensor:
+    """Sum of weight x negative logprob over the trained tokens of a pass, at temperature 1; a scalar as wide as `packed_logprobs`.
+
+    Head and loss are one: gradients of the logits are made where the logits are, once.
+    """
+    slots = len(part.tokens)
+    targets, weights = np.full(slots, IGNORED, np.int32), np.zeros(slots, np.float32)
+    targets[part.sources], weights[part.sources] = part.targets, part.weights
+    return linear_cross_entropy(
+        _states(model, part),
+        model.head,
+        on_device(targets, model.device),
+        weights=on_device(weights, model.device),
+        ignore=IGNORED,
+        vocab=model.spec.vocab,
+        softcap=model.spec.logit_softcap,
+        scale=model.spec.logit_scale,
+    )
+
+
+def _states(model: CausalModel, part: PackedBatch) -> Tensor:
+    """[L, D] hidden states of all slots of a pass."""
     model.check_length(int(part.positions.max()) + 1)
     model.check_tokens(int(part.tokens.min()), int(part.tokens.max()))
-    width = part.capacity
-    tokens, positions, segments = (
-        on_device(values, model.device).view(-1, width) for values in (part.tokens, part.positions, part.segments)
-    )
-    where = Packed(segments, on_device(part.parents, model.device), positions)
-    hidden = model.hidden(tokens.long(), positions.long(), where)
-    picked = hidden.reshape(-1, hidden.shape[-1])[on_device(part.sources, model.device)]
-    head = model.head if len(model.head) == model.spec.vocab else model.head[: model.spec.vocab]
-    return token_logprobs(picked, head, on_device(part.targets, model.device), temperature=part.temperature)
+    shape = -1, part.capacity
+    # Where segments lie is found out on the host: the device is not asked, so the host can run ahead of it.
+    segments, parents, positions = (torch.tensor(values) for values in (part.segments, part.parents, part.positions))
+    where = Packed(segments.view(shape), parents, positions.view(shape))
+    tokens, places = (on_device(values, model.device).view(shape).long() for values in (part.tokens, part.positions))
+    return model.hidden(tokens, places, where).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -70,5 +104,6 @@ def sample_logprobs(model: CausalModel, samples: Samples, *, row_tokens: int, ro
 
 
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; arrays of messages may be read-only views of the object store."""
-    return torch.tensor(values, device=device)
+    """A copy on the device; arrays of messages may be read-only views of the object store. A GPU is not waited for."""
+    copy = torch.tensor(values)
+    return copy.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else copy.to(device)

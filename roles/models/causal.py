@@ -25,19 +25,21 @@ class CausalModel(ABC):
     """A causal language model without its head applied: tokens in, hidden states out.
 
     The head is kept apart because only some positions need logits. Dropout is off, in training too: the policy that is
-    trained must be the one that sampled. Logits are `hidden @ head.T`, the first `spec.vocab` columns, capped by
-    `spec.logit_softcap` if that is not 0.
+    trained must be the one that sampled. Logits are `hidden @ head.T`, the first `spec.vocab` columns, times
+    `spec.logit_scale` and capped by `spec.logit_softcap` if that is not 0.
 
     Attributes:
         net: the module with the parameters.
         spec: sizes and choices.
         longest: slots that a row may have, where the implementation can't do longer ones; 0 for no limit of its own.
+        caches: whether `hidden` takes a cache.
         notes: what can't be had with this model and why, a sentence each.
     """
 
     net: torch.nn.Module
     spec: ModelSpec
     longest: int = 0
+    caches: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,7 +85,7 @@ class CausalModel(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D], in float32 at least: for a few positions, as they are all held at once."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        found = hidden.to(wide) @ self.head[: self.spec.vocab].to(wide).T
+        found = self.spec.logit_scale * (hidden.to(wide) @ self.head[: self.spec.vocab].to(wide).T)
         cap = self.spec.logit_softcap
         return cap * torch.tanh(found / cap) if cap else found
 

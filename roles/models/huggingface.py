@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rolecall.kernels.attention import Where
+from rolecall.kernels.attention import Dense, Packed, Where
 from rolecall.protocols.errors import ModelError
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.models.families.common import stops_of, windows_of
@@ -20,36 +20,66 @@ if TYPE_CHECKING:
 class HuggingFaceModel(CausalModel):
     """A model as transformers defines it.
 
+    A bias of the head becomes a column of the head's matrix, met by a hidden state that is always 1.
+
     Args:
         net: a transformers PreTrainedModel with a head, of which the types say little.
+        packs: whether a mask is all that joins tokens of a row; if not, each segment is computed by itself.
+        caches: whether it decodes with a cache of ours.
     """
 
     net: Any
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: Any, *, packs: bool = True, caches: bool = True) -> None:
         self.net = net.eval()
         self.spec = _spec(net)
+        self.packs, self.caches = packs, caches
         self.longest = self.spec.window  # the mask given below is one for all layers
+        self._bias = getattr(net.get_output_embeddings(), "bias", None)
 
     @property
     def head(self) -> Tensor:
-        """[V, D]; a parameter, the embedding itself where they are tied."""
+        """[V, D], the embedding itself where they are tied; [V, D + 1] with a bias."""
         weight: Tensor = self.net.get_output_embeddings().weight
-        return weight
+        return weight if self._bias is None else torch.cat((weight, self._bias[:, None]), dim=1)
 
     def hidden(self, tokens: Tensor, positions: Tensor, where: Where, cache: Any = None) -> Tensor:
         """As `CausalModel.hidden`."""
-        mask = where.dense()
+        if self.packs:
+            states = self._masked(tokens, positions, where.dense(), cache)
+        elif isinstance(where, Packed) and cache is None:
+            states = self._one_by_one(tokens, where)
+        else:
+            raise ModelError(f"{type(self.net).__name__} can't decode with a cache of keys and values.")
+        return states if self._bias is None else torch.nn.functional.pad(states, (0, 1), value=1.0)
+
+    def _masked(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         if self.longest and mask.shape[-1] > self.longest:
             raise ModelError(
                 f"Rows of {mask.shape[-1]} tokens are longer than the sliding window of this model.",
                 have=f"a window of {self.longest} tokens",
                 remedy=f"set row_tokens and prompt + completion to at most {self.longest}",
             )
+        if self.net.config._attn_implementation == "eager":  # it adds the mask
+            mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(self.dtype).min)
         options = {} if cache is None else {"past_key_values": cache}
         out = self.net.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=cache is not None, **options)
         states: Tensor = out.last_hidden_state
         return states
+
+    def _one_by_one(self, tokens: Tensor, where: Packed) -> Tensor:
+        """Each segment after its ancestors in a row of its own: as often as it has descendants, and one more time."""
+        parents, segments = where.parents.tolist(), where.segments
+        found = self.head.new_zeros((*tokens.shape, self.net.get_output_embeddings().weight.shape[1]))
+        for row in range(len(tokens)):
+            for segment in sorted(set(segments[row].tolist()) - {-1}):
+                chain = [segment]
+                while parents[chain[0]] >= 0:
+                    chain.insert(0, parents[chain[0]])
+                slots = [(segments[row] == one).nonzero()[:, 0] for one in chain]
+                out = self.net.base_model(input_ids=tokens[row, torch.cat(slots)][None], use_cache=False)
+                found[row, slots[-1]] = out.last_hidden_state[0, -len(slots[-1]) :]
+        return found
 
     def named_tensors(self) -> dict[str, Tensor]:
         """As `CausalModel.named_tensors`."""
@@ -68,7 +98,7 @@ def load_huggingface(path: str, *, dtype: torch.dtype, device: str) -> HuggingFa
     """Load a model as its transformers class.
 
     Raises:
-        ModelError: it can't be loaded, its weights are not whole, or it is not what packed training takes it for.
+        ModelError: it can't be loaded, its weights are not whole, or as `examine` says.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -80,7 +110,6 @@ def load_huggingface(path: str, *, dtype: torch.dtype, device: str) -> HuggingFa
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(local) if local.is_dir() else path,
             dtype=dtype,
-            attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -98,55 +127,67 @@ def load_huggingface(path: str, *, dtype: torch.dtype, device: str) -> HuggingFa
             ask=f"{len(wanting)} more tensors, such as {wanting[0]}",
             remedy="download or save the model again",
         )
-    model = HuggingFaceModel(net.to(device))
-    prove(model)
-    return model
+    return examine(net.to(device))
 
 
 @torch.no_grad()
-def prove(model: HuggingFaceModel) -> None:
-    """Raise ModelError unless the model is what packed training takes it for.
+def examine(net: Any) -> HuggingFaceModel:
+    """Find out what a model can do, on two tokens, and say what it can't in `notes`.
 
-    1. Its logits are hidden states times the head, with nothing after it (soft-capping, scaling, bias).
-    2. A mask is all that joins two tokens of a row: not so with recurrent or convolution layers.
+    Raises:
+        ModelError: its logits are not its hidden states times its head, scaled and capped as its config says.
     """
+    model, name = HuggingFaceModel(net), type(net).__name__
     tokens = torch.tensor([[3, 5]], device=model.device) % model.spec.vocab
     positions = torch.tensor([[0, 1]], device=model.device)
-    joined = _Mask(torch.tensor([[[[True, False], [True, True]]]], device=model.device))
-    apart = _Mask(torch.eye(2, dtype=torch.bool, device=model.device)[None, None])
-    states = model.hidden(tokens, positions, joined)  # type: ignore[arg-type]
-    ours = model.logits(states)
-    theirs = model.net(input_ids=tokens, position_ids=positions, attention_mask=joined.mask, use_cache=False).logits.float()
+    together = Packed(torch.zeros_like(positions), torch.tensor([-1], device=model.device), positions)
+    apart = Packed(positions, torch.tensor([-1, -1], device=model.device), positions)
     loose = 0.05 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3  # rounding of the dtype, generously
-    if not torch.allclose(ours.float(), theirs, rtol=loose, atol=loose * float(theirs.abs().max())):
+    alone = HuggingFaceModel(net, packs=False)
+    wanted, single = alone.hidden(tokens, positions, together), alone.hidden(tokens, positions, apart)
+    theirs = net(input_ids=tokens, use_cache=False).logits.float()
+    if not torch.allclose(alone.logits(wanted).float(), theirs, rtol=loose, atol=loose * float(theirs.abs().max())):
         raise ModelError(
-            f"{type(model.net).__name__} changes its logits after the head (soft-capping, scaling or a bias).",
+            f"{name} changes its logits after the head in a way that its config does not tell.",
             remedy="use another architecture, such as Llama or Qwen",
         )
-    packed = model.hidden(tokens, positions, apart)[:, 1]  # type: ignore[arg-type]
-    alone = model.hidden(tokens[:, 1:], positions[:, 1:], _Mask(apart.mask[:, :, 1:, 1:]))[:, 0]  # type: ignore[arg-type]
-    leak, effect = (packed - alone).abs().max(), (states[:, 1] - alone).abs().max()
-    if float(leak) > 0.1 * float(effect) + loose * float(alone.abs().max()):
-        raise ModelError(
-            f"{type(model.net).__name__} joins tokens of a row by more than attention, so sequences can't share a row.",
-            remedy="use an architecture of attention layers alone, such as Llama or Qwen",
-        )
+    effect = float((wanted[:, 1] - single[:, 1]).abs().max()) + loose * float(single.abs().max())
+    try:
+        masked = model.hidden(tokens, positions * 0, apart)  # each token at the place that it has alone
+        packs = float((masked - single).abs().max()) < 0.1 * effect
+        packs = packs and float((model.hidden(tokens, positions, together) - wanted).abs().max()) < 0.1 * effect
+    except Exception:
+        packs = False
+    model = HuggingFaceModel(net, packs=packs, caches=packs and _decodes(model, tokens, wanted, 0.1 * effect))
+    if not packs:
+        model.notes += (f"{name} joins tokens by more than attention under a mask: segments of a row are computed one by one",)
+    if not model.caches:
+        model.notes += (f"{name} can't decode with our cache: the native engine can't sample from it",)
+    if model.longest:
+        model.notes += (f"rows of {name} can't be longer than its sliding window of {model.longest}",)
+    return model
 
 
-class _Mask:
-    """A mask as it is, for trying a model out."""
+def _decodes(model: HuggingFaceModel, tokens: Tensor, wanted: Tensor, loose: float) -> bool:
+    """Whether the second token after the first one's keys and values is as with it."""
+    from rolecall.roles.rollout.cache import PrefillCache
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
-
-    def dense(self, window: int = 0) -> Tensor:
-        return self.mask
+    spec, places = model.spec, torch.tensor([[0, 1]], device=tokens.device)
+    sees = torch.ones((1, 1, 1, 2), dtype=torch.bool, device=tokens.device)
+    try:
+        first = PrefillCache(model.head.new_zeros((spec.layers, 2, spec.kv_heads, 0, spec.head_dim)))
+        model.hidden(tokens[:, :1], places[:, :1], Dense(sees[..., :1], places[:, :1], places[:, :1]), first)
+        second = PrefillCache(first.whole())
+        found = model.hidden(tokens[:, 1:], places[:, 1:], Dense(sees, places[:, 1:], places), second)
+    except Exception:
+        return False
+    return float((found - wanted[:, 1:]).abs().max()) < loose
 
 
 def _spec(net: Any) -> ModelSpec:
     """Read the sizes off a Hugging Face config."""
     config = net.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # a recurrent model has none
     head = net.get_output_embeddings()
     return ModelSpec(
         layers=config.num_hidden_layers,
@@ -159,4 +200,11 @@ def _spec(net: Any) -> ModelSpec:
         tied=head.weight is net.get_input_embeddings().weight,
         stops=stops_of(net.generation_config, config),
         windows=windows_of(config),
+        logit_scale=_logit_scale(config),
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
     )
+
+
+def _logit_scale(config: Any) -> float:
+    """What logits are multiplied by: `logit_scale` of Cohere and others, 1 / `logits_scaling` of Granite."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

@@ -19,7 +19,7 @@ from rolecall.roles.models.reading import read_into, weight_files
 from rolecall.roles.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-LOST = "no packing kernels, no vocabulary padding, no LoRA, no compiled blocks; rows no longer than a sliding window"
+LOST = "no attention kernels for packed rows, no padding of the vocabulary, no LoRA, no compiled blocks"
 
 log = logging.getLogger("rolecall.models")
 
@@ -31,17 +31,14 @@ def load_causal(path: str, *, dtype: str = "float32", device: str = "cpu", nativ
         raise ModelError("The vocabulary is padded to a multiple of at least 1.", ask=f"pad_vocab={pad_vocab}", remedy="give 64, or 1")
     check_model(path, tokenizer=False)
     if native is False:
-        return load_huggingface(path, dtype=DTYPES[dtype], device=device)
+        return _fallback(path, "as asked", dtype=DTYPES[dtype], device=device)
     config = read_config(path)
     try:
         family, spec = family_of(config)
     except ModelError as reason:
         if native:
             raise
-        model: CausalModel = load_huggingface(path, dtype=DTYPES[dtype], device=device)
-        model.notes = (f"{path} runs as its Hugging Face class: {reason}", f"so there is {LOST}", *model.notes)
-        log.warning("%s", "; ".join(model.notes))
-        return model
+        return _fallback(path, str(reason), dtype=DTYPES[dtype], device=device)
     return _load_native(path, family, spec, config, dtype=DTYPES[dtype], device=device, pad_vocab=pad_vocab)
 
 
@@ -97,6 +94,14 @@ def check_device(dtype: str, device: str) -> None:
             )
     elif where.type == "mps" and dtype == "float64":
         raise ModelError("An Apple GPU has no float64.", remedy='use dtype="float32", or device="cpu"')
+
+
+def _fallback(path: str, reason: str, *, dtype: torch.dtype, device: str) -> CausalModel:
+    """A Hugging Face class, with what can't be had said in the log."""
+    model = load_huggingface(path, dtype=dtype, device=device)
+    model.notes = (f"{path} runs as its Hugging Face class: {reason}", f"so there is {LOST}", *model.notes)
+    log.warning("%s", "; ".join(model.notes))
+    return model
 
 
 def _load_native(

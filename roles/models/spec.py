@@ -74,7 +74,8 @@ class ModelSpec:
     scale: float = 0.0  # products of queries and keys are multiplied by it
     embed_scale: float = 1.0  # embeddings are multiplied by it
     attention_softcap: float = 0.0
-    logit_softcap: float = 0.0  # c: logits x become c tanh(x / c); 0 for none. The head's users apply it.
+    logit_scale: float = 1.0  # products of hidden states and head are multiplied by it, before the cap
+    logit_softcap: float = 0.0  # c: logits x become c tanh(x / c); 0 for none
     gain_offset: float = 0.0  # norms multiply by weight + this (Gemma: 1)
     wide_gain: bool = False  # norms multiply in float32 and round afterwards (Gemma, GPT-OSS), not the other way round (Llama)
     sandwich: bool = False  # norms after attention and MLP too (Gemma)

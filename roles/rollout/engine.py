@@ -213,10 +213,12 @@ class _Run:
             logits = hidden_AD.float() @ head.float().T
         seeds = np.array([one.seed for one in self._active], dtype=np.uint64)
         drawn = uniforms(seeds, np.array([len(one.answer.tokens) for one in self._active]))
-        cap = self._model.spec.logit_softcap
-        if cap:
-            logits = logits.div_(cap).tanh_().mul_(cap)
-        return choose(logits[:, : self._model.spec.vocab], self._sampling, self._put(drawn))
+        spec = self._model.spec
+        if spec.logit_scale != 1.0:
+            logits = logits.mul_(spec.logit_scale)
+        if spec.logit_softcap:
+            logits = logits.div_(spec.logit_softcap).tanh_().mul_(spec.logit_softcap)
+        return choose(logits[:, : spec.vocab], self._sampling, self._put(drawn))
 
     def _record(self, tokens: list[int], logprobs: list[float]) -> list[int]:
         """Write the new tokens down; returns the slots that go on."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rolecall.protocols.errors import DataError, UserError
+from rolecall.protocols.errors import DataError, ModelError, UserError
 from rolecall.protocols.messages import Prompts, Samples, Weights
 from rolecall.roles.base import Member, Role
 from rolecall.roles.rollout.sampling import Sampling, sample_seed
@@ -70,6 +70,12 @@ class Rollout(Role):
         self._tokenizer: Any = load_tokenizer(self.model)
         self._identity = identity(self._tokenizer)
         self._model = load(self.model, dtype=self.dtype, device=member.device)
+        if not self._model.caches:
+            raise ModelError(
+                f"The native engine can't sample from {self.model}.",
+                have="; ".join(self._model.notes),
+                remedy="use a model of attention layers alone",
+            )
         ends = {*self._model.spec.stops, *([] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id])}
         self._engine = Engine(self._model, slots=self.slots, ends=frozenset(ends))
         positions = self._model.spec.max_positions

@@ -46,7 +46,7 @@ def plain(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 @torch.no_grad()
 def test_logits_are_those_of_transformers(case: tuple[str, str]) -> None:
-    name, folder = case
+    _, folder = case
     model = load(folder, native=True)
     assert isinstance(model, NativeModel)
     assert model.head.shape[0] == 320
@@ -129,7 +129,7 @@ def test_a_saved_model_is_what_transformers_saved(case: tuple[str, str], tmp_pat
     from rolecall.roles.models.writing import write_config, write_tensors
     from safetensors.torch import load_file
 
-    name, folder = case
+    _, folder = case
     model = load(folder)
     write_config(tmp_path, model.config, model.generation, model.family.architecture, model.dtype)
     write_tensors(tmp_path, model.named_tensors(), limit=50_000)

@@ -115,27 +115,6 @@ def test_torn_weights_are_refused(tiny: str, tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_model_that_changes_its_logits_is_refused(tmp_path: Path) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            head_dim=16, initializer_range=1.0, final_logit_softcapping=1.0,
-        )
-    ).save_pretrained(tmp_path / "gemma")  # fmt: skip
-    with pytest.raises(ModelError, match="changes its logits after the head"):
-        load(str(tmp_path / "gemma"))
-
-
-def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:
-    from transformers import MambaConfig, MambaForCausalLM
-
-    MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)).save_pretrained(tmp_path / "mamba")
-    with pytest.raises(ModelError, match="attention"):
-        load(str(tmp_path / "mamba"))
-
-
 def test_unknown_dtypes_and_long_sequences_are_refused(tiny: str) -> None:
     with pytest.raises(ModelError, match="no dtype 'int4'"):
         load(tiny, dtype="int4")
