@@ -1,6 +1,8 @@
-"""Data: where prompts come from, split, shuffled, templated and tokenised ahead of the rollout."""
+"""Data: where records come from, mixed, shuffled and streamed; prompts templated and tokenised ahead of the rollout."""
 
 from rolecall.roles.data.data import Data
-from rolecall.roles.data.sources import ReasoningGym, Records, Source
+from rolecall.roles.data.mixing import Mix
+from rolecall.roles.data.sources import Files, ReasoningGym, Records, Source
+from rolecall.roles.data.stream import Raw, Stream
 
-__all__ = ["Data", "ReasoningGym", "Records", "Source"]
+__all__ = ["Data", "Files", "Mix", "Raw", "ReasoningGym", "Records", "Source", "Stream"]

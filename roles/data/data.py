@@ -15,7 +15,7 @@ from rolecall.protocols.messages import Prompts
 from rolecall.roles.base import Member, Role
 from rolecall.roles.data.ahead import Ahead
 from rolecall.roles.data.problems import Problem, Split, split
-from rolecall.roles.data.sources import Source, source_of
+from rolecall.roles.data.sources import Source, mapping_of, source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,9 @@ class Data(Role):
         """
         super().setup(member)
         self.check()
-        self._split: Split = split(source_of(self.source).records(repeats=self.repeats), self.held, repeats=self.repeats)
+        self._split: Split = split(
+            source_of(self.source).records(repeats=self.repeats), self.held, repeats=self.repeats, mapping=mapping_of(self.source)
+        )
         from rolecall.roles.data.templating import Templater
         from rolecall.roles.tokens import identity, load_tokenizer, require_chat_template
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rolecall.protocols.errors import DataError
+from rolecall.roles.data.records import Layout, Question, recognise
+from rolecall.roles.data.sources import Found
 from rolecall.roles.plain import as_plain
 
 
@@ -18,7 +20,7 @@ class Problem:
 
     id: str  # hash of its words: 24 hexadecimal digits, the same in every run (.1, .2, … at repetitions)
     text: str  # what the user says
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     columns: dict[str, Any]
     place: str  # where it was read, for errors
 
@@ -33,7 +35,7 @@ class Split:
     repeated: int  # records whose text had come before
 
 
-def split(records: Iterable[tuple[str, dict[str, Any]]], held_out: int, *, repeats: bool) -> Split:
+def split(records: Iterable[Found], held_out: int, *, repeats: bool, mapping: Mapping[str, str] | None = None) -> Split:
     """Divide records by text.
 
     Held out are the texts with the smallest hashes: whatever the seed, and mostly the same ones after records are added.
@@ -42,11 +44,12 @@ def split(records: Iterable[tuple[str, dict[str, Any]]], held_out: int, *, repea
         records: places and records, as a Source lists them.
         held_out: how many distinct problems to hold out.
         repeats: keep training problems as often as they are listed.
+        mapping: our name of a column → the dataset's; others are recognised.
 
     Raises:
         DataError: there are no records, or too few distinct ones.
     """
-    problems = [_problem(place, dict(record)) for place, record in records]
+    problems = _problems(records, mapping)
     if not problems:
         raise DataError("The dataset is empty.", have="no record", remedy="give a source with at least one prompt")
     distinct = {problem.id: problem for problem in reversed(problems)}  # the first of equal ones stays
@@ -69,39 +72,31 @@ def split(records: Iterable[tuple[str, dict[str, Any]]], held_out: int, *, repea
     return Split(training, [distinct[name] for name in aside], tuple(names), len(problems) - len(distinct))
 
 
-def _problem(place: str, record: dict[str, Any]) -> Problem:
-    prompt = record.pop("prompt")
-    messages = _messages(place, prompt)
+def _problems(records: Iterable[Found], mapping: Mapping[str, str] | None) -> list[Problem]:
+    layout: Layout | None = None
+    problems = []
+    for place, record in records:
+        try:
+            layout = layout or recognise(record, mapping, want=("question",))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        problems.append(_problem(place, record, layout))
+    return problems
+
+
+def _problem(place: str, record: dict[str, Any], layout: Layout) -> Problem:
+    question = layout.read(record, place)
+    if not isinstance(question, Question):
+        raise DataError(f"{place}: this is no prompt.", have=type(question).__name__)
+    messages = ({"role": "user", "content": question.prompt},) if isinstance(question.prompt, str) else question.prompt
+    if not any(str(each.get("content") or "").strip() for each in messages):
+        raise DataError(f"{place}: the prompt is empty.", remedy="take the record out, or give it a prompt")
     words = "\x00".join(f"{message['role']}\x01{' '.join(message['content'].split())}" for message in messages)
     try:
-        columns = as_plain(record)
+        columns = as_plain(question.columns)
     except TypeError as error:
         raise DataError(
             f"{place}: a column holds what is no plain data: {error}.", remedy="keep to numbers, texts, lists, objects"
         ) from error
     text = "\n".join(message["content"] for message in messages if message["role"] == "user")
     return Problem(hashlib.sha256(words.encode(errors="surrogatepass")).hexdigest()[:24], text, messages, columns, place)
-
-
-def _messages(place: str, prompt: Any) -> tuple[dict[str, str], ...]:
-    """A prompt as messages that end with the user's.
-
-    Raises:
-        DataError: it is neither a text nor such messages.
-    """
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    good = isinstance(prompt, list | tuple) and all(
-        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str) for each in prompt
-    )
-    if not good:
-        raise DataError(
-            f"{place}: the prompt is neither a text nor a list of messages.",
-            have=repr(prompt)[:80],
-            remedy='write "…" or [{"role": "user", "content": "…"}]',
-        )
-    if not prompt or prompt[-1]["role"] == "assistant":
-        raise DataError(f"{place}: the prompt does not end with something to answer.", remedy="end it with a message of the user")
-    if not any(each["content"].strip() for each in prompt):
-        raise DataError(f"{place}: the prompt is empty.", remedy="take the record out, or give it a prompt")
-    return tuple({"role": each["role"], "content": each["content"]} for each in prompt)

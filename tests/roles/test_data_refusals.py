@@ -31,11 +31,11 @@ def refused(source, model: str, message: str, error: type[Exception] = DataError
         ("", "The dataset is empty.*at least one prompt"),
         ("\n \n", "The dataset is empty"),
         ('{"prompt": "a"}\n{"prompt": \n', r"bad\.jsonl:2: this is no JSON"),
-        ('{"prompt": "a"}\n\n["b"]\n', r"bad\.jsonl:3: a record must be an object.*There is: list"),
-        ('{"prompt": "a"}\n{"question": "b", "answer": 1}\n', r"bad\.jsonl:2: the record has no field 'prompt'.*question, answer"),
-        ('{"prompt": 7}\n', r"bad\.jsonl:1: the prompt is neither a text nor a list of messages.*There is: 7"),
-        ('{"prompt": [{"role": "user"}]}\n', r"bad\.jsonl:1: the prompt is neither"),
-        ('{"prompt": []}\n', r"bad\.jsonl:1: the prompt does not end with something to answer"),
+        ('{"prompt": "a"}\n\n["b"]\n', r"bad\.jsonl:3: a record must be an object with columns, not list"),
+        ('{"prompt": "a"}\n{"question": "b", "answer": 1}\n', r"bad\.jsonl:2: the column 'prompt' is missing.*question, answer"),
+        ('{"prompt": 7}\n', r"bad\.jsonl:1: the column 'prompt' is neither a text nor a list of messages.*int '7'"),
+        ('{"prompt": [{"role": "user"}]}\n', r"bad\.jsonl:1, message 1: it has no content"),
+        ('{"prompt": []}\n', r"bad\.jsonl:1: the column 'prompt' is neither a text nor a list of messages.*list '\[\]'"),
         ('{"prompt": [{"role": "assistant", "content": "hi"}]}\n', r"bad\.jsonl:1: the prompt does not end"),
         ('{"prompt": "  "}\n', r"bad\.jsonl:1: the prompt is empty"),
         (b'{"prompt": "\xff"}\n', r"bad\.jsonl:1: this is no JSON"),
@@ -48,15 +48,15 @@ def test_bad_lines_are_named(tmp_path: Path, model: str, lines: str | bytes, mes
 
 
 def test_a_missing_file(tmp_path: Path, model: str):
-    refused(tmp_path / "none.jsonl", model, r"none\.jsonl can't be read: No such file")
-    refused(tmp_path, model, "can't be read: Is a directory")
+    refused(tmp_path / "none.jsonl", model, r"none\.jsonl can't be read: no such file")
+    refused(tmp_path, model, "names no file of records")
 
 
 def test_bad_records(model: str):
     refused([], model, "The dataset is empty")
     refused([{"prompt": "a"}, {"prompt": "b", "x": object()}], model, r"record 1: a column holds what is no plain data.*object")
     refused(7, model, "Data can't be read from this.*int '7'")
-    refused(Records([{"question": "b"}], prompt="text"), model, "record 0: the record has no field 'text'")
+    refused(Records([{"question": "b"}], {"prompt": "text"}), model, "record 0: The dataset has no column 'text'.*question")
 
 
 def test_bad_tasks(model: str):

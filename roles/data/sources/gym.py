@@ -1,37 +1,17 @@
-"""Where problems come from: a task generator of reasoning-gym, a file of JSON lines, or a list of records."""
+"""Problems made by a task generator of reasoning-gym."""
 
 from __future__ import annotations
 
 import difflib
 import random
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import msgspec
 from rolecall.protocols.errors import DataError
 
 _PATIENCE = 10  # a generator has no more to give when so many times the problems found bring nothing new …
 _LEAST = 1000  # … and at least so many draws
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What `Data` reads: anything that lists records."""
-
-    def records(self, *, repeats: bool) -> Iterable[tuple[str, dict[str, Any]]]:
-        """Where each record is from (for errors: "file.jsonl:3") and the record.
-
-        A record has "prompt" (a text, or a list of {"role", "content"}) and any further fields, which become columns.
-        The same source must list the same records in the same order each time.
-
-        Args:
-            repeats: list a problem as often as the source holds it; else once is enough.
-
-        Raises:
-            DataError: the source can't be read, or holds less than was asked of it.
-        """
-        ...
 
 
 class ReasoningGym(msgspec.Struct, frozen=True):
@@ -97,67 +77,6 @@ class ReasoningGym(msgspec.Struct, frozen=True):
             return reasoning_gym.create_dataset(self.task, **self.config, seed=seed, size=self.size)
         except (AssertionError, ValueError, TypeError) as error:
             raise DataError(f"The task {self.task} refuses its settings: {error}.", ask=str(self.config)) from error
-
-
-class Records(msgspec.Struct, frozen=True):
-    """Records from a file of JSON lines, or given as a list of dictionaries."""
-
-    source: str | list[dict[str, Any]]
-    prompt: str = "prompt"  # the field that holds the prompt
-
-    def records(self, *, repeats: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-        """All records, in order.
-
-        Raises:
-            DataError: the file is missing, or a record is no object with a prompt; it says which line.
-        """
-        for place, record in self._lines() if isinstance(self.source, str) else self._list():
-            if not isinstance(record, dict):
-                raise DataError(f"{place}: a record must be an object with a field {self.prompt!r}.", have=type(record).__name__)
-            if self.prompt not in record:
-                have = ", ".join(map(str, record)) or "no field at all"
-                raise DataError(
-                    f"{place}: the record has no field {self.prompt!r}.", have=have, remedy='name it: Records(…, prompt="question")'
-                )
-            yield place, {"prompt": record[self.prompt], **{name: value for name, value in record.items() if name != self.prompt}}
-
-    def _list(self) -> Iterator[tuple[str, Any]]:
-        for number, record in enumerate(self.source):
-            yield f"record {number}", record
-
-    def _lines(self) -> Iterator[tuple[str, Any]]:
-        path = Path(str(self.source)).expanduser()
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise DataError(f"The data file {path} can't be read: {error.strerror}.", remedy="give a file of JSON lines") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}:{number}", msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                start = line[:60].decode(errors="replace")
-                raise DataError(f"{path}:{number}: this is no JSON: {error}.", have=start, remedy="write one JSON object a line") from error
-
-
-def source_of(given: Any) -> Source:
-    """A source from what the user gave: a source, the path of a file of JSON lines, or a list of records.
-
-    Raises:
-        DataError: it is none of these.
-    """
-    if isinstance(given, str | Path):
-        return Records(str(given))
-    if isinstance(given, list | tuple):
-        return Records(list(given))
-    if isinstance(given, Source):
-        return given
-    raise DataError(
-        "Data can't be read from this.",
-        ask=f"{type(given).__name__} {str(given)[:60]!r}",
-        remedy="give ReasoningGym(...), the path of a file of JSON lines, a list of dictionaries, or an object with a method `records`",
-    )
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
