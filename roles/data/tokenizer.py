@@ -101,7 +101,7 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], *, special: bool = False) -> list[tuple[Int32, Bool]]:
         """Tokens of texts, and which of them lie in the spans.
 
-        A token that a span's start cuts is trained where only blanks stand before the cut.
+        A token that a span's start cuts is trained where only blanks stand before the cut and more than blanks after it.
 
         Args:
             texts: any.
@@ -117,8 +117,8 @@ class Tokenizer:
             for start, stop in own:
                 first, last = _token_at(encoding, start, text), _token_at(encoding, stop, text)
                 if first < len(ids):
-                    begin = encoding.offsets[first][0]
-                    first += begin < start and bool(text[begin:start].strip())
+                    begin, end = encoding.token_to_chars(first)
+                    first += begin < start and (bool(text[begin:start].strip()) or not text[start:end].strip())
                 trained[first:last] = True
             found.append((ids, trained))
         return found
