@@ -46,7 +46,7 @@ class HuggingFaceModel(CausalModel):
     def hidden(self, tokens: Tensor, positions: Tensor, where: Where, cache: Any = None) -> Tensor:
         """As `CausalModel.hidden`."""
         if self.packs:
-            states = self._masked(tokens, positions, where.dense(), cache)
+            states = self._masked(tokens, positions, where.dense().to(tokens.device), cache)
         elif isinstance(where, Packed) and cache is None:
             states = self._one_by_one(tokens, where)
         else:

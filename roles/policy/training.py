@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rolecall.kernels.losses import Tokens
+from rolecall.kernels.losses import Tokens, nll
 from rolecall.protocols.errors import UserError
 from rolecall.protocols.messages import PackedBatch
 from rolecall.roles.models.adapters import Adapters
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.models.lora import Lora, resolve
 from rolecall.roles.models.recompute import compile_blocks, recompute
-from rolecall.roles.packed import on_device, packed_logprobs, passes
+from rolecall.roles.packed import on_device, packed_logprobs, packed_nll, passes
 from rolecall.roles.policy.distributed import Meeting
 from rolecall.roles.policy.gradients import Gradients
 from rolecall.roles.policy.optimiser import Optimiser
@@ -82,7 +82,8 @@ class Training:
 
         Returns:
             Measures, as (sum, weight) that add up over calls and members: `loss` is the weighted mean, the loss's own
-            measures and `logprob_gap` (|logprob - old|) are means over tokens, `tokens` are the trained ones.
+            measures and `logprob_gap` (|logprob - old|) are means over tokens, `tokens` are the trained ones. `nll` on tokens
+            that nobody sampled (fine-tuning) has no measures of its own, not even the entropy: logprobs are never made.
 
         Raises:
             UserError: the loss does not return a loss for each token. After any error the gradients are 0.
@@ -107,6 +108,11 @@ class Training:
         return found | {"tokens": (count, 1.0), "tokens_per_s": (float(slots), took)} | self.speed.measures(operations, took)
 
     def _one_pass(self, part: PackedBatch, loss: Loss, sums: Sums) -> None:
+        if loss is nll and part.old is None and part.reference is None and part.temperature == 1.0:
+            total = packed_nll(self.model, part)  # nobody asks for a token's logprob: half the work of the head
+            total.backward()
+            sums.add("loss", total)
+            return
         logprobs, entropy = packed_logprobs(self.model, part)
 
         def put(values: np.ndarray | None) -> Tensor | None:
@@ -189,7 +195,7 @@ def prepare(model: CausalModel, *, lora: Lora | None, recomputed: str, compiled:
         ModelError: the model has no linears of those names, or no blocks.
     """
     adapters = None if lora is None else Adapters(model.net, resolve(lora))
-    recompute(model.net, recomputed, dropout=lora is not None and lora.dropout > 0)
     if compiled:
         compile_blocks(model.net)
+    recompute(model.net, recomputed, dropout=lora is not None and lora.dropout > 0)
     return adapters
