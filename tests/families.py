@@ -66,6 +66,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+CASES |= {
+    "qwen3-moe": ("Qwen3Moe", {**QWEN3, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {
+            **QWEN3,
+            "num_key_value_heads": 2,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 11,
+        },
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **COMMON,
+            **SMALL,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+        },
+    ),
+}
 
 
 def family_model(name: str, folder: str | Path, seed: int = 0, tokenizer: bool = False) -> str:
@@ -80,7 +110,7 @@ def family_model(name: str, folder: str | Path, seed: int = 0, tokenizer: bool =
         model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}{text}Config")(**settings))
         with torch.no_grad():
             for label, parameter in model.named_parameters():
-                if parameter.ndim == 1 or "bias" in label:
+                if parameter.ndim == 1 or "bias" in label:  # also gains and sinks
                     parameter.add_(torch.randn_like(parameter) * 0.3)
                 elif "embed" not in label:
                     parameter.normal_(0, parameter.shape[-1] ** -0.5)

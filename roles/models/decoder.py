@@ -3,7 +3,7 @@
 ```
 embed                            [Vp, D]
 blocks.N.attention.{q,k,v,o}     and q_norm, k_norm, sinks where the family has them
-blocks.N.mlp.{gate,up,down}
+blocks.N.mlp.{gate,up,down}      or mlp.router and mlp.experts.{gate_up,down}
 blocks.N.norms.{attention,mlp}   and after_attention, after_mlp
 norm
 head                             [Vp, D], the embedding itself where they are tied

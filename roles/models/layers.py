@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rolecall.kernels.attention import Where, attend
+from rolecall.roles.models.experts import SparseMLP
 from rolecall.roles.models.rope import rotate
 from rolecall.roles.models.spec import ModelSpec
 from torch import Tensor, nn
@@ -116,12 +117,13 @@ class Norms(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to what came in. No Python control flow depends on data: it compiles whole."""
+    """Attention and MLP, each added to what came in. With a dense MLP no Python control flow depends on data: it compiles whole."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         self.attention = Attention(spec, layer)
-        self.mlp = MLP(spec)
+        sparse = spec.experts is not None and spec.experts.layers[layer]
+        self.mlp = SparseMLP(spec.hidden, spec.experts, ACTIVATIONS[spec.activation]) if sparse and spec.experts else MLP(spec)
         self.norms = Norms(spec)
 
     def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, where: Where, cache: Any = None) -> Tensor:

@@ -41,7 +41,8 @@ def logits_of(model: CausalModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def plain(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager).eval()
 
 
 @torch.no_grad()
@@ -120,6 +121,10 @@ def test_gradients_are_those_of_transformers(case: tuple[str, str]) -> None:
             if name.theirs == "model.embed_tokens.weight" and not model.spec.tied:
                 mine[3] = found[3]  # transformers leaves the gradient of the padding token's embedding out
             assert (found - mine).abs().max() <= GRADIENT * mine.abs().max(), name
+    for name, parameter in own.items():  # transformers has those of all experts in one tensor
+        if name.endswith(("experts.gate_up", "experts.down")):
+            theirs = wanted[name.replace("blocks", "model.layers") + "_proj"]
+            assert (parameter.grad - theirs).abs().max() <= GRADIENT * theirs.abs().max(), name
     padding = own["head.weight" if not model.spec.tied else "embed.weight"].grad[VOCAB:]
     assert not padding.any()
 
