@@ -45,6 +45,9 @@ class _Window:
         return self._chunks[self.chunk[place]].decode(int(self.row[place]))
 
 
+_NOTHING = _Window([], None)
+
+
 class Walk:
     """Gives the k-th row of a source, for k mostly rising; epochs follow each other without end.
 
@@ -68,7 +71,7 @@ class Walk:
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
         self._rows = [table.rows(piece) for piece in range(table.pieces)]  # None where a piece must be read to know
         self._total = sum(rows for rows in self._rows if rows is not None) if None not in self._rows else None
-        self._here, self._window = Anchor(), _Window([], None)
+        self._here, self._window = Anchor(), _NOTHING
         self._readers: dict[int, Iterator[Rows]] = {}
         self._open = (-1, -1, -1)  # epoch, group and next turn of the readers
         self._turned = -1  # where the last epoch began
@@ -106,25 +109,26 @@ class Walk:
 
     def start(self, anchor: Anchor) -> None:
         """Go on from an anchor that another walk over the same source gave."""
-        self._here, self._window = anchor, _Window([], None)
+        self._here, self._window = anchor, _NOTHING
         self._anchors.append(anchor)
 
     def _seek(self, number: int) -> None:
         if number < self._here.first:
-            self._here = self.anchor(number)
+            self._here, self._window = self.anchor(number), _NOTHING
         if self._total:
             epoch = number // self._total
             if epoch > self._here.epoch:
-                self._here = Anchor(epoch * self._total, epoch)
+                self._here, self._window = Anchor(epoch * self._total, epoch), _NOTHING
         while True:
             here = self._here
-            rows = self._known(here)
+            rows = len(self._window) or self._known(here)
             if rows is None or here.first <= number < here.first + rows:
                 self._window = self._load(here)
                 rows = len(self._window)
             if here.first <= number < here.first + rows:
                 self._anchors.append(here)
                 return
+            self._window = _NOTHING
             self._here = Anchor(here.first + rows, here.epoch, here.group, here.turn + 1) if rows else self._turn(here)
 
     def _turn(self, here: Anchor) -> Anchor:

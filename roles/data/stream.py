@@ -13,7 +13,8 @@ by one. How members divide the positions is their choice: `at(position, step=wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -79,19 +80,27 @@ class Stream:
         while stop is None or position < stop:
             end = position + _BLOCK * step if stop is None else min(position + _BLOCK * step, stop)
             sources, numbers = self._schedule.chosen(position, end)
-            for offset in range(0, len(sources), step):
-                source = int(sources[offset])
-                epoch, found = self._walks[source].row(int(numbers[offset]))
-                if found is not None:
-                    self.report.add("read")
-                    place, columns = found
-                    if self.aside and self._is_aside(columns):
-                        self.report.add("dropped", "held out")
-                        continue
-                    yield Raw(position + offset, self.names[source], epoch, place, columns)
+            places = zip(range(position, end, step), sources[::step].tolist(), numbers[::step].tolist(), strict=False)
+            yield from self._records(places)
             if len(sources) < end - position:
                 return
             position += -(-len(sources) // step) * step
+
+    def _records(self, places: Iterable[tuple[int, int, int]]) -> Iterator[Raw]:
+        """The records at (position, source, number) that there are."""
+        read = 0
+        try:
+            for position, source, number in places:
+                epoch, found = self._walks[source].row(number)
+                if found is None:
+                    continue
+                read += 1
+                if self.aside and self._is_aside(found[1]):
+                    self.report.add("dropped", "held out", place=found[0])
+                    continue
+                yield Raw(position, self.names[source], epoch, *found)
+        finally:
+            self.report.add("read", number=read)
 
     def held_out(self, count: int) -> list[Raw]:
         """The first `count` records that are held out, in the order of the sources; their positions are -1, -2, …
@@ -103,8 +112,10 @@ class Stream:
         for name in self.names if self.aside else ():
             report = Report()
             walk = Walk(table_of(self.mix.sources[name], report), 0, name, shuffle=False)
-            for number in range(walk.total()):
-                _, record = walk.row(number)
+            for number in itertools.count():
+                epoch, record = walk.row(number)
+                if epoch:
+                    break
                 if record is not None and self._is_aside(record[1]):
                     found.append(Raw(-1 - len(found), name, 0, *record))
                     if len(found) == count:

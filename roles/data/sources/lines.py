@@ -106,8 +106,8 @@ class LineTable:
             raise NoRecordError(f"a record must be an object with columns, not {type(columns).__name__}")
         return columns
 
-    def decode(self, piece: Piece, line: int, raw: bytes) -> Found | None:
-        """A line as a record, with its place; None where there is none (and that was counted).
+    def decode(self, piece: Piece, begin: str, line: int, raw: bytes) -> Found | None:
+        """A line as a record, with its place (`begin` and the line's number); None where there is none (and that was counted).
 
         Raises:
             DataError: it is none, and is not to be skipped.
@@ -117,21 +117,21 @@ class LineTable:
         try:
             if isinstance(raw, Long):
                 raise NoRecordError(f"the record is longer than {self.longest} bytes")
-            return self.place(piece, line), self.parse(piece, raw)
+            return f"{begin}{line}", self.parse(piece, raw)
         except (NoRecordError, msgspec.DecodeError, UnicodeError, RecursionError) as error:
-            place = self.place(piece, line, exact=True)
+            known = self.shown_before(piece) is not None
+            place = f"{self.files[piece.file].url}:{line if known else self.before(piece) + line}"
             if self._on_error == "skip":
                 self._report.add("read")
                 self._report.add("dropped", "too long a record" if isinstance(raw, Long) else "malformed", place=place)
                 return None
             raise self._refusal(place, raw, error) from error
 
-    def place(self, piece: Piece, line: int, *, exact: bool = False) -> str:
-        """Where a line is: file and number, if the lines before its piece can be counted quickly (or `exact`ly are asked for)."""
+    def shown_before(self, piece: Piece) -> int | None:
+        """Lines of the file before a piece, if they can be counted quickly."""
         file = self.files[piece.file]
-        if piece.start and not exact and (file.system is not None or (file.size or 0) > _COUNTABLE):
-            return f"{file.url}: line {line} after byte {piece.start}"
-        return f"{file.url}:{self._before(piece) + line}"
+        quick = not piece.start or (file.system is None and (file.size or 0) <= _COUNTABLE)
+        return self.before(piece) if quick else None
 
     def _divided(self, number: int, file: File) -> list[Piece]:
         """The pieces of a file. An uncompressed one has several, so that its lines are shuffled among each other."""
@@ -140,10 +140,12 @@ class LineTable:
         size = min(max(file.size // 16, _RANGE[0]), _RANGE[1])
         return [Piece(number, start, min(start + size, file.size)) for start in range(0, file.size, size)]
 
-    def _before(self, piece: Piece) -> int:
+    def before(self, piece: Piece) -> int:
         """Lines of the file that begin before a piece: the first, and one after each end of a line, the byte before it left out."""
         if not piece.start:
             return 0
+        if (piece.file, piece.start) in self._newlines:
+            return 1 + self._newlines[piece.file, piece.start]
         file, lines, at = self.files[piece.file], 0, 0
         for each in self._pieces:
             if each.file == piece.file and 0 < each.start <= piece.start:
@@ -173,14 +175,17 @@ class LineRows:
     """Neighbouring lines of a piece."""
 
     def __init__(self, table: LineTable, piece: Piece, first: int, lines: list[bytes]) -> None:
-        self._table, self._piece, self._first, self._lines = table, piece, first, lines
+        self._table, self._piece, self._lines = table, piece, lines
+        before, url = table.shown_before(piece), table.files[piece.file].url
+        self._first = first + (before or 0)
+        self._begin = f"{url}: after byte {piece.start}, line " if before is None else f"{url}:"
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def decode(self, row: int) -> Found | None:
         """The record of a line, or None where it is blank or was skipped."""
-        return self._table.decode(self._piece, self._first + row, self._lines[row])
+        return self._table.decode(self._piece, self._begin, self._first + row, self._lines[row])
 
 
 def _chunks(lines: Iterator[bytes], rows: int, size: int) -> Iterator[tuple[int, list[bytes]]]:
