@@ -1,7 +1,7 @@
 """What each role does, as plain classes. Importing this is cheap: no torch, transformers or Ray."""
 
 from rolecall.roles.base import Member, Role
-from rolecall.roles.data import Data, ReasoningGym, Records
+from rolecall.roles.data import Data, Documents, Files, Mix, ReasoningGym, Records
 from rolecall.roles.models import check_model
 from rolecall.roles.models.lora import Lora
 from rolecall.roles.policy import Policy
@@ -11,8 +11,11 @@ from rolecall.roles.rollout import Rollout
 
 __all__ = [
     "Data",
+    "Documents",
+    "Files",
     "Lora",
     "Member",
+    "Mix",
     "Policy",
     "ReasoningGym",
     "Records",

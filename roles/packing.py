@@ -23,7 +23,7 @@ from rolecall.protocols.messages import Logprobs, PackedBatch, Samples
 __all__ = ["balance", "pack_samples", "scatter", "take_rows", "token_mean", "weigh"]
 
 Int64 = npt.NDArray[np.int64]
-ROUND = 16  # slots; `take_rows` cuts rows to a multiple of it
+ROUND, WIDTHS = 16, 64  # `take_rows` cuts rows to a multiple of 16 slots, and to so many widths at most: each may be compiled apart
 
 
 class _Segments(NamedTuple):
@@ -56,8 +56,7 @@ def pack_samples(
         reference: logprobs of the same samples under the reference model.
         capacity: slots of a row; a prompt and any one of its completions need at most that.
 
-    Returns:
-        The batch; of 0 rows when no sample is left.
+    Returns the batch; of 0 rows when no sample is left.
 
     Raises:
         DataError: a sample is too long for a row; advantages or weights are not N finite numbers.
@@ -79,13 +78,13 @@ def pack_samples(
     token = (starts + prompts)[sample] + within
     which, inside = np.repeat(np.arange(len(segments.length)), segments.length), _ranges(segments.length)
     slots = segments.slot[which] + inside
-    filled = (int(slots[-1]) // capacity + 1) * capacity if len(slots) else 0
+    costs = np.bincount(slots // capacity)
+    filled = len(costs) * capacity
     sources = np.where(within == 0, np.repeat(first_source, lengths), np.repeat(own_slot, lengths) + within - 1)
-    rows = filled // capacity
     return PackedBatch(
         capacity=capacity,
-        keys=np.arange(rows),
-        costs=np.bincount(slots // capacity, minlength=rows),
+        keys=np.arange(len(costs)),
+        costs=costs,
         tokens=_placed(filled, slots, samples.tokens[segments.source[which] + inside], 0),
         positions=_placed(filled, slots, segments.position[which] + inside, 0),
         segments=_placed(filled, slots, which, -1),
@@ -128,7 +127,8 @@ def take_rows(packed: PackedBatch, start: int, stop: int) -> PackedBatch:
     part = packed.take(range(start, stop))
     capacity = part.capacity
     used = np.flatnonzero((part.segments.reshape(-1, capacity) >= 0).any(axis=0))
-    width = min(capacity, -(-(int(used[-1]) + 1) // ROUND) * ROUND) if len(used) else capacity
+    step = max(ROUND, capacity // WIDTHS)
+    width = min(capacity, -(-(int(used[-1]) + 1) // step) * step) if len(used) else capacity
     if width == capacity:
         return part
     row, slot = np.divmod(part.sources, capacity)
