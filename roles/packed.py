@@ -55,11 +55,14 @@ def packed_nll(model: CausalModel, part: PackedBatch) -> Tensor:
 
     Head and loss are one: gradients of the logits are made where the logits are, once.
     """
-    slots = len(part.tokens)
-    targets, weights = np.full(slots, IGNORED, np.int32), np.zeros(slots, np.float32)
-    targets[part.sources], weights[part.sources] = part.targets, part.weights
+    states = _states(model, part)
+    if (np.diff(part.sources) > 0).all():  # a slot predicts one token at most: states stay where they are
+        targets, weights = np.full(len(states), IGNORED, np.int32), np.zeros(len(states), np.float32)
+        targets[part.sources], weights[part.sources] = part.targets, part.weights
+    else:
+        states, targets, weights = states[on_device(part.sources, model.device)], part.targets, part.weights
     return linear_cross_entropy(
-        _states(model, part),
+        states,
         model.head,
         on_device(targets, model.device),
         weights=on_device(weights, model.device),

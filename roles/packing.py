@@ -120,7 +120,7 @@ def scatter(packed: PackedBatch, values: npt.ArrayLike, samples: Samples) -> npt
 
 
 def take_rows(packed: PackedBatch, start: int, stop: int) -> PackedBatch:
-    """Rows start .. stop-1 as a batch of its own, cut to the slots in use (a multiple of 16): what one pass computes.
+    """Rows start .. stop-1 as a batch of its own, cut to about the slots in use: what one pass computes.
 
     Its rows and segments are numbered from 0; trained tokens keep their order and their sample numbers.
     """

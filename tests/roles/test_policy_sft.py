@@ -18,9 +18,9 @@ from tiny import tiny_samples
 LOSS, GRADIENT = {"float32": 1e-6, "float64": 1e-12}, {"float32": 2e-5, "float64": 1e-10}
 
 
-def documents() -> PackedBatch:
-    """Tokens that nobody sampled: no old logprobs, some of weight 0."""
-    samples = tiny_samples(3, 2)
+def documents(siblings: int = 1) -> PackedBatch:
+    """Tokens that nobody sampled: no old logprobs, some of weight 0. With siblings, one slot predicts several tokens."""
+    samples = tiny_samples(3, siblings)
     weights = np.linspace(0.0, 0.2, len(samples.prompt_lengths))
     batch = pack_samples(samples, None, weights, capacity=64)
     return msgspec.structs.replace(batch, old=None, advantages=None)
@@ -33,12 +33,13 @@ def gradients(policy: Policy, batch: PackedBatch, loss: object) -> tuple[dict[st
     return sums, found
 
 
+@pytest.mark.parametrize("siblings", [1, 2])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_loss_and_gradient_are_those_by_logprobs(tiny: str, dtype: str, rows: int) -> None:
+def test_loss_and_gradient_are_those_by_logprobs(tiny: str, dtype: str, rows: int, siblings: int) -> None:
     policy = Policy(tiny, dtype=dtype, rows_per_pass=rows)
     policy.setup(Member())
-    batch = documents()
+    batch = documents(siblings)
     short, own = gradients(policy, batch, nll)
     long, expected = gradients(policy, batch, partial(nll))  # another object: the way of all losses
     assert short["loss"][0] == pytest.approx(long["loss"][0], rel=LOSS[dtype])
