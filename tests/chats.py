@@ -15,8 +15,9 @@ SPECIAL = (
 )  # fmt: skip
 PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # added, but not special: as Qwen3 has them
 ENDS = {
-    "alpaca": "</s>", "chatml": "<|im_end|>", "deepseek": "<｜end▁of▁sentence｜>", "gemma": "<end_of_turn>", "harmony": "<|return|>",
-    "llama3": "<|eot_id|>", "marked": "<|im_end|>", "mistral": "</s>", "qwen3": "<|im_end|>", "thinking": "<|im_end|>", "tools": "<|im_end|>",
+    "alpaca": "</s>", "chatml": "<|im_end|>", "deepseek": "<｜end▁of▁sentence｜>", "gemma": "<end_of_turn>",
+    "harmony": "<|return|>", "llama3": "<|eot_id|>", "marked": "<|im_end|>", "mistral": "</s>", "qwen3": "<|im_end|>",
+    "thinking": "<|im_end|>", "tools": "<|im_end|>",
 }  # fmt: skip
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then it can't find the way home again; so it goes.",
