@@ -100,8 +100,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         share = torch.ones_like(rows, dtype=wide(hidden, head)) if weights is None else weights[rows].to(wide(hidden, head))
         wanted = {"to_hidden": ctx.needs_input_grad[0], "to_head": ctx.needs_input_grad[1]}
         quick = fused(hidden, head)
-        work = _losses if quick is None else quick.losses
-        loss, to_hidden, to_head = work(hidden, head, targets[rows], rows, share, rule, chunk, **wanted)
+        counted = (hidden, head, targets[rows], rows, share, rule, chunk)
+        found = None if quick is None else quick.losses(*counted, **wanted)
+        loss, to_hidden, to_head = _losses(*counted, **wanted) if found is None else found
         ctx.found, ctx.quick = (to_hidden, to_head), quick  # not saved by autograd: backward gives them away, it makes no copies
         return loss
 
