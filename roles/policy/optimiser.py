@@ -99,11 +99,16 @@ class Optimiser:
         return list(zip(self._names, self._pairs(), strict=True))
 
 
-def scheduled(base: float, step: int, *, schedule: str, warmup: int, total_steps: int) -> float:
-    """Learning rate of update number `step` (from 0): a linear warmup, then constant, linear or cosine to 0 at `total_steps`."""
+def scheduled(base: float, step: int, *, schedule: str, warmup: int, total_steps: int, cooldown: int = 0) -> float:
+    """Learning rate of update number `step` (from 0): a linear warmup, then one of these.
+
+    "constant"; "linear" or "cosine" to 0 at `total_steps`; "wsd" (warmup, stable, decay: Hu et al. 2024, arXiv:2404.06395), which
+    is constant until `cooldown` updates before `total_steps` (0: a tenth of them), and linear to 0 from there.
+    """
     if step < warmup:
         return base * (step + 1) / warmup
     if schedule == "constant":
         return base
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return base * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+    begin = total_steps - (cooldown or max(1, total_steps // 10)) if schedule == "wsd" else warmup
+    done = min(1.0, max(0, step - begin) / max(1, total_steps - begin))
+    return base * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)

@@ -16,7 +16,7 @@ from rolecall.roles.models.lora import Lora, resolve
 if TYPE_CHECKING:
     from rolecall.roles.policy.training import Training
 DTYPES = ("float32", "bfloat16", "float64")  # float16 can be sent, not trained: its gradients underflow
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -32,8 +32,9 @@ class Policy(Role):
         betas: of AdamW.
         clip: largest global norm of the gradient; 0 for no limit.
         warmup: updates over which the learning rate rises to the one asked for.
-        schedule: "constant", or "linear" or "cosine" down to 0 at `total_steps`.
+        schedule: "constant", or "linear" or "cosine" down to 0 at `total_steps`, or "wsd": constant, and down to 0 at the end.
         total_steps: updates of the whole run; needed unless the schedule is constant.
+        cooldown: updates over which "wsd" goes down to 0; 0 for a tenth of all.
         publish_dtype: to send weights in; "" means as they are.
         lora: train low-rank adapters instead of the weights; what is published has them merged.
         recompute: "none" keeps everything for the backward pass, "selective" all but the inside of the MLPs, "full" only
@@ -57,6 +58,7 @@ class Policy(Role):
         warmup: int = 0,
         schedule: str = "constant",
         total_steps: int = 0,
+        cooldown: int = 0,
         publish_dtype: str = "",
         lora: Lora | None = None,
         recompute: str = "none",
@@ -73,6 +75,7 @@ class Policy(Role):
         self.warmup = warmup
         self.schedule = schedule
         self.total_steps = total_steps
+        self.cooldown = cooldown
         self.publish_dtype = publish_dtype
         self.lora = lora
         self.recompute = recompute
@@ -91,17 +94,18 @@ class Policy(Role):
         ):
             if value not in allowed:
                 raise ConfigError(f"The policy has no {name} {value!r}.", have=", ".join(allowed), remedy="choose one of these")
-        if self.schedule != "constant" and self.total_steps <= self.warmup:
+        if self.schedule != "constant" and self.total_steps <= self.warmup + self.cooldown:
             raise ConfigError(
                 f"A {self.schedule} schedule ends at total_steps.",
-                ask=f"total_steps={self.total_steps}, warmup={self.warmup}",
-                remedy="set total_steps to the number of updates of the run, above warmup",
+                ask=f"total_steps={self.total_steps}, warmup={self.warmup}, cooldown={self.cooldown}",
+                remedy="set total_steps to the number of updates of the run, above warmup and cooldown together",
             )
-        if min(self.row_tokens, self.rows_per_pass) < 1 or min(self.weight_decay, self.clip, self.warmup) < 0 or self.deadline <= 0:
+        low = min(self.weight_decay, self.clip, self.warmup, self.cooldown)
+        if min(self.row_tokens, self.rows_per_pass) < 1 or low < 0 or self.deadline <= 0:
             raise ConfigError(
                 "A number of the policy is too small.",
                 ask=f"row_tokens={self.row_tokens}, rows_per_pass={self.rows_per_pass}, weight_decay={self.weight_decay}, "
-                f"clip={self.clip}, warmup={self.warmup}, deadline={self.deadline}",
+                f"clip={self.clip}, warmup={self.warmup}, cooldown={self.cooldown}, deadline={self.deadline}",
                 remedy="row_tokens, rows_per_pass and deadline are positive, the others not negative",
             )
 
@@ -143,6 +147,17 @@ class Policy(Role):
         """
         return Metrics(sums=self._ready().accumulate(batch, loss, self.rows_per_pass))
 
+    def measure(self, batch: PackedBatch, loss: Callable[..., Any], word: str = "held_out") -> Metrics:
+        """What `accumulate` measures, without gradient: nothing is trained. Names begin with `word`: held_out_loss, held_out_tokens, …
+
+        Args:
+            batch: this member's share, maybe of no rows.
+            loss: as for `accumulate`.
+            word: of this measurement.
+        """
+        found = self._ready().measure(batch, loss, self.rows_per_pass)
+        return Metrics(sums={f"{word}_{name}": each for name, each in found.items()})
+
     def update(self, learning_rate: float) -> int:
         """Step the optimiser with the gradients of all members; every member must be called.
 
@@ -159,7 +174,14 @@ class Policy(Role):
 
         training = self._ready()
         started = time.perf_counter()
-        rate = scheduled(learning_rate, training.optimiser.steps, schedule=self.schedule, warmup=self.warmup, total_steps=self.total_steps)
+        rate = scheduled(
+            learning_rate,
+            training.optimiser.steps,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            total_steps=self.total_steps,
+            cooldown=self.cooldown,
+        )
         norm, sound = training.update(rate, self.clip)
         if sound:
             self.version += 1

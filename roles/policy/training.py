@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from rolecall.kernels.losses import Tokens, nll
 from rolecall.protocols.errors import UserError
 from rolecall.protocols.messages import PackedBatch
@@ -93,26 +94,30 @@ class Training:
         try:
             for part in passes(batch, rows_per_pass):
                 with self._dropping():
-                    self._one_pass(part, loss, sums)
+                    self._one_pass(part, loss, sums).backward()
                 slots += int((part.segments >= 0).sum())
                 operations += self.speed.operations(part)
         except BaseException:
             self.gradients.clear()
             raise
-        count = float(len(batch.targets))
-        if not count:
-            return {}
-        found = {name: (float(total), count) for name, total in sums.totals.items()}
-        found["loss"] = (found["loss"][0], float(batch.weights.astype("float64").sum()))
+        found = _means(batch, sums)
         took = time.perf_counter() - started
-        return found | {"tokens": (count, 1.0), "tokens_per_s": (float(slots), took)} | self.speed.measures(operations, took)
+        return found and found | {"tokens_per_s": (float(slots), took)} | self.speed.measures(operations, took)
 
-    def _one_pass(self, part: PackedBatch, loss: Loss, sums: Sums) -> None:
+    @torch.no_grad()
+    def measure(self, batch: PackedBatch, loss: Loss, rows_per_pass: int) -> dict[str, tuple[float, float]]:
+        """What `accumulate` returns of the tokens, without gradient and without dropout; errors are the same."""
+        sums = Sums()
+        for part in passes(batch, rows_per_pass):
+            self._one_pass(part, loss, sums)
+        return _means(batch, sums)
+
+    def _one_pass(self, part: PackedBatch, loss: Loss, sums: Sums) -> Tensor:
+        """sum(loss x weights) of a pass, which is measured."""
         if loss is nll and part.old is None and part.reference is None and part.temperature == 1.0:
             total = packed_nll(self.model, part)  # nobody asks for a token's logprob: half the work of the head
-            total.backward()
             sums.add("loss", total)
-            return
+            return total
         logprobs, entropy = packed_logprobs(self.model, part)
 
         def put(values: np.ndarray | None) -> Tensor | None:
@@ -137,12 +142,12 @@ class Training:
                 remedy="return (loss [K], measures {name: [K]}) and let the weights make the mean",
             )
         weighted = each * weights
-        weighted.sum().backward()
         sums.add("loss", weighted)
         if tokens.old is not None:
             sums.add("logprob_gap", (logprobs.detach() - tokens.old).abs())
         for name, values in measures.items():
             sums.add(name, values)
+        return weighted.sum()
 
     def update(self, learning_rate: float, clip: float) -> tuple[float, bool]:
         """Add the gradients up over the members, clip them, step, and start anew from 0.
@@ -199,3 +204,12 @@ def prepare(model: CausalModel, *, lora: Lora | None, recomputed: str, compiled:
         compile_blocks(model.net)
     recompute(model.net, recomputed, dropout=lora is not None and lora.dropout > 0)
     return adapters
+
+
+def _means(batch: PackedBatch, sums: Sums) -> dict[str, tuple[float, float]]:
+    """What was measured of a batch, as (sum, weight); nothing where it has no trained token."""
+    count = float(len(batch.targets))
+    if not count:
+        return {}
+    found = {name: (float(total), count) for name, total in sums.totals.items()}
+    return found | {"loss": (found["loss"][0], float(batch.weights.astype("float64").sum())), "tokens": (count, 1.0)}

@@ -281,10 +281,25 @@ def test_published_weights_load_into_another_policy(tiny: str) -> None:
     assert len(half.data) < 0.6 * len(part.data)
 
 
+def test_measuring_trains_nothing(tiny: str) -> None:
+    """With all that is known of sampled tokens, and as fine-tuning does it."""
+    policy, trained = ready(tiny, rows_per_pass=2), ready(tiny, rows_per_pass=2)
+    batch = train_data(policy, tiny_samples(4, 3))[0]
+    for data, loss in ((batch, LOSS), (msgspec.structs.replace(batch, old=None, advantages=None, reference=None), nll)):
+        measured, found = policy.measure(data, loss).sums, trained.accumulate(data, loss).sums
+        assert {f"held_out_{name}" for name in found} - measured.keys() <= {"held_out_tokens_per_s", "held_out_tflops"}
+        assert measured["held_out_loss"] == pytest.approx(found["loss"], rel=1e-6)
+    assert not any(view.any() for view in gradients(policy))
+    assert policy.measure(batch.take([]), nll).sums == {}
+
+
 def test_schedules() -> None:
     rates = [scheduled(2.0, step, schedule="cosine", warmup=2, total_steps=6) for step in range(8)]
     assert rates == pytest.approx([1.0, 2.0, 2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0, 0.0])
     assert [scheduled(2.0, step, schedule="linear", warmup=0, total_steps=4) for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+    stable = {"schedule": "wsd", "warmup": 2, "total_steps": 10}
+    assert [scheduled(2.0, step, cooldown=4, **stable) for step in range(11)] == [1.0, 2.0, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5, 0.0]
+    assert [scheduled(2.0, step, **stable) for step in (8, 9, 10)] == [2.0, 2.0, 0.0], "a tenth of the updates"
     assert [scheduled(2.0, step, schedule="constant", warmup=4, total_steps=0) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 
 
