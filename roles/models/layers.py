@@ -81,7 +81,9 @@ class Attention(nn.Module):
         q, k, v = (part(x).view(rows, slots, -1, self.size) for part in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), cosines, sines), rotate(k.transpose(1, 2), cosines, sines), v.transpose(1, 2)
+        # Turned while the heads of a slot still lie side by side: attention kernels take that layout without a copy.
+        turn = cosines.transpose(1, 2), sines.transpose(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in (rotate(q, *turn), rotate(k, *turn), v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         mixed = attend(q, k, v, where, window=self.window, scale=self.scale, softcap=self.softcap, sinks=self.sinks)

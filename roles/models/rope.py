@@ -48,7 +48,7 @@ def tables(rope: Rope, size: int, positions: Tensor, dtype: torch.dtype) -> tupl
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn [R, heads, C, d]; dimension i and i + d / 2 are a pair, as Hugging Face orders them."""
+    """Turn [R, …, d] by angles that broadcast to [R, …, d / 2]; dimension i and i + d / 2 are a pair, as Hugging Face orders them."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
