@@ -39,14 +39,17 @@ def recompute(net: nn.Module, how: str, *, dropout: bool = False) -> None:
         part.forward = _again(part.forward, dropout)
 
 
-def compile_blocks(net: nn.Module) -> None:
-    """Compile each block by itself (they are alike, so one compilation serves all); names and parameters stay.
+def compile_blocks(net: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile each block by itself: they are alike, so what is compiled for one serves all. Names and parameters stay.
+
+    Attention runs as it is, between the compiled parts. Comes before `recompute`: a block that is done again is compiled
+    within, as a compiled whole can't hold what runs as it is.
 
     Raises:
         ModelError: a Hugging Face model whose blocks are not found.
     """
     for block in blocks_of(net):
-        block.compile()
+        block.forward = torch.compile(block.forward, backend=backend)
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
