@@ -64,7 +64,7 @@ def makers(name: str, folder: Path, micro: int, device: str, attention: str) -> 
 def ours(model: str, rows: int, device: str, **settings: object) -> Ours:
     """The policy as a user would set it up for this."""
     about = f"the policy role: packed rows, {rows} a pass, compiled blocks, bfloat16 with float32 gradients and masters, fused AdamW"
-    return Ours(OWN, about, model, device=device, dtype="bfloat16", rows_per_pass=rows, **settings)
+    return Ours(OWN, about, model, device=device, dtype="bfloat16", rows_per_pass=rows, compile=device != "cpu", **settings)
 
 
 def lots_of(args: argparse.Namespace) -> list[Rows]:
@@ -81,7 +81,7 @@ def exact(name: str, folder: Path, device: str, attention: str) -> dict[str, flo
     model = build(name, folder / "small", dtype="float32", **small(name))
     lots = [rows_of(Law(4.0, 0.8, 256), 4, 256, 512, seed=9)]
     pair = {
-        OWN: partial(Ours, OWN, "", model, device=device, dtype="float32", rows_per_pass=2),
+        OWN: partial(Ours, OWN, "", model, device=device, dtype="float32", rows_per_pass=2, compile=device != "cpu"),
         "transformers": partial(HuggingFace, "transformers", "", model, form=Rows.flattened, device=device, attention=attention,
                                 dtype="float32"),
     }  # fmt: skip
