@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rolecall.kernels.packing import balance, pack_rows
+from rolecall.kernels import packing
+from rolecall.kernels.packing import OpenRows, assign_rows, balance, cost, lay, pack_rows
 
 
 @settings(deadline=None, max_examples=150)
@@ -73,3 +74,146 @@ def test_many_units_balance_closely():
 def test_balance_needs_a_rank():
     with pytest.raises(ValueError, match="0 parts"):
         balance([1], 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0, 1e6), max_size=40), st.integers(1, 5))
+def test_balance_takes_costs(sizes, ranks):
+    parts = balance(np.array(sizes, dtype=np.float64), ranks)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(sizes)))
+
+
+def test_balance_by_cost_evens_out_what_attention_costs():
+    """By tokens alone a rank with one long sequence has more to do than one with many short ones."""
+    lengths = np.random.default_rng(1).lognormal(6, 1, size=2048).astype(int).clip(1, 4000)
+    costs = cost(lengths, 1.0, 1e-3)
+    by_cost, by_tokens = ([costs[part].sum() for part in balance(sizes, 16)] for sizes in (costs, lengths))
+    assert max(by_cost) / np.mean(by_cost) < 1.001
+    assert max(by_tokens) / np.mean(by_tokens) > 1.005
+    assert cost([3], 2.0, 10.0).tolist() == [96.0]
+
+
+def test_balance_of_few_large_and_many_small():
+    """Dealing the large ones out in turn leaves gaps; the small ones must be enough to fill them."""
+    for seed in range(5):
+        sizes = np.sort(np.random.default_rng(seed).pareto(1.1, size=3000) * 100 + 1).astype(int)
+        totals = np.array([sizes[part].sum() for part in balance(sizes, 32)])
+        assert totals.max() <= max(sizes.max(), 1.001 * totals.mean())
+
+
+def test_balance_refuses_what_costs_nothing_sensible():
+    with pytest.raises(ValueError, match="finite and not negative"):
+        balance([1.0, float("nan")], 2)
+    with pytest.raises(ValueError, match="finite and not negative"):
+        balance([-1, 2], 2)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=120), st.integers(60, 200), st.integers(0, 40))
+def test_rows_of_many_hold_everything_once(lengths, capacity, few):
+    """The way for many sequences, taken for few: every branch of it at small sizes."""
+    kept, packing.FEW = packing.FEW, few
+    try:
+        rows = assign_rows(lengths, capacity)
+    finally:
+        packing.FEW = kept
+    assert rows.shape == (len(lengths),)
+    counts = np.bincount(rows)
+    assert counts.min() >= 1, "rows are numbered without a gap"
+    assert np.bincount(rows, weights=lengths).max() <= capacity
+    assert (rows == assign_rows(np.array(lengths), capacity)).all() or few < len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("middle", "spread", "capacity", "least"), [(6.5, 0.8, 8192, 0.995), (6.0, 1.5, 32768, 0.995), (5.0, 0.8, 4096, 0.995)]
+)
+def test_many_rows_are_full(middle, spread, capacity, least):
+    lengths = np.random.default_rng(0).lognormal(middle, spread, size=20_000).astype(int).clip(1, min(8192, capacity))
+    rows = assign_rows(lengths, capacity)
+    assert lengths.sum() / ((rows.max() + 1) * capacity) > least
+    assert (rows == assign_rows(lengths, capacity)).all()
+
+
+def test_many_short_ones_take_few_rounds():
+    assert len(set(assign_rows(np.ones(50_000, dtype=int), 8192).tolist())) <= 8
+    assert set(assign_rows(np.zeros(50_000, dtype=int), 8192).tolist()) == {0}
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 50), max_size=80), st.integers(50, 120), st.integers(1, 6))
+def test_open_rows_laws(lengths, capacity, number):
+    """Every sequence once, in the order it came within its row; never too full, never too many open; best fit by a plain search."""
+    rows = OpenRows(capacity, number)
+    closed, plain, shut = [], [], []
+    for ident, length in enumerate(lengths):
+        closed += rows.add(length, ident)
+        fits = [row for row in plain if capacity - sum(lengths[one] for one in row) >= length]
+        if fits:
+            row = max(fits, key=lambda row: sum(lengths[one] for one in row))
+        else:
+            if len(plain) == number:
+                fullest = max(plain, key=lambda row: sum(lengths[one] for one in row))
+                plain.remove(fullest)
+                shut.append(fullest)
+            row = []
+            plain.append(row)
+        row.append(ident)
+        if sum(lengths[one] for one in row) == capacity:
+            plain.remove(row)
+            shut.append(row)
+        assert len(rows.held) <= number
+        assert [sum(lengths[one] for one in row) for row in rows.held] == sorted(
+            (sum(lengths[one] for one in row) for row in plain), reverse=True
+        )
+    assert [sum(lengths[one] for one in row) for row in closed] == [sum(lengths[one] for one in row) for row in shut]
+    everything = closed + rows.flush()
+    assert rows.held == []
+    assert sorted(ident for row in everything for ident in row) == list(range(len(lengths)))
+    assert all(row == sorted(row) and sum(lengths[one] for one in row) <= capacity for row in everything)
+
+
+def test_open_rows_fill_on_line():
+    lengths = np.random.default_rng(0).lognormal(6.5, 0.8, size=30_000).astype(int).clip(1, 8192)
+    rows = OpenRows(8192)
+    closed = [row for ident, length in enumerate(lengths.tolist()) for row in rows.add(length, ident)]
+    assert sum(lengths[row].sum() for row in map(np.array, closed)) / (len(closed) * 8192) > 0.995
+
+
+def test_open_rows_refuse():
+    with pytest.raises(ValueError, match=r"sequence 7 of 11 slots.*rows of 10"):
+        OpenRows(10).add(11, 7)
+    with pytest.raises(ValueError, match="open_rows=0"):
+        OpenRows(10, 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 30), max_size=30), st.integers(30, 90), st.sampled_from([0, 10**6]))
+def test_laid_rows_hold_their_sequences(lengths, capacity, short):
+    rows = pack_rows(lengths, capacity)
+    edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    tokens = np.arange(100, 100 + edges[-1], dtype=np.int32)
+    kept, packing.SHORT = packing.SHORT, short
+    try:
+        laid = lay(tokens, edges, rows, capacity)
+    finally:
+        packing.SHORT = kept
+    number = 0
+    for row, members in enumerate(rows):
+        slot = row * capacity
+        for member in members:
+            here = slice(slot, slot + lengths[member])
+            assert (laid.tokens[here] == tokens[edges[member] : edges[member + 1]]).all()
+            assert (laid.positions[here] == np.arange(lengths[member])).all()
+            assert (laid.segments[here] == number).all()
+            slot, number = slot + lengths[member], number + 1
+        rest = slice(slot, (row + 1) * capacity)
+        assert (laid.segments[rest] == -1).all()
+        assert not laid.tokens[rest].any()
+        assert not laid.positions[rest].any()
+
+
+def test_laying_refuses():
+    with pytest.raises(ValueError, match=r"Row 0 is too full\. Asked: 9 tokens\. There is: 8 slots"):
+        lay(np.zeros(9, np.int32), [0, 5, 9], [[0, 1]], 8)
+    with pytest.raises(ValueError, match="unknown sequence"):
+        lay(np.zeros(9, np.int32), [0, 5, 9], [[2]], 8)
