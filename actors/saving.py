@@ -97,6 +97,61 @@ def restore(place: Path, saved: Saved, groups: tuple[Group, ...]) -> None:
                 open_.append(group.all.restore(states[0]))
             elif len(states) == group.world:
                 open_ += [group.one(rank).restore(state) for rank, state in enumerate(states)]
+            else:  # the number of members has changed: each finds its share from all the states
+                open_.append(group.all.restore(states))
+    for pending in open_:
+        pending.wait()
+    named = {group.name for group in groups}
+    saved = Saved(
+        step=step,
+        folders=tuple(sorted(group.name for group in groups if "save" in group.verbs)),
+        states={name: state for name, state in states.items() if name in named},
+    )
+    aside = target / f".{FILE}"
+    aside.write_bytes(msgspec.json.format(msgspec.json.encode(saved)) + b"\n")
+    aside.rename(target / FILE)
+    return target
+
+
+def find(given: str) -> tuple[Path, Saved]:
+    """The checkpoint in a folder: of a checkpoint, or of a run, of which it is the newest whole one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(given).expanduser()
+    places = [folder] if (folder / FILE).is_file() else sorted(folder.glob(f"{FOLDER}/step-*/"), reverse=True)
+    for place in places:
+        if (place / FILE).is_file():
+            try:
+                return place.absolute(), msgspec.json.decode((place / FILE).read_bytes(), type=Saved)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{place / FILE} is damaged: {error}.", remedy="resume from another checkpoint") from error
+    have = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "an empty folder" if folder.is_dir() else "no such folder"
+    raise ConfigError(f"There is no checkpoint in {folder}.", have=have, remedy="give the folder of a run that saved one (run.save)")
+
+
+def restore(place: Path, saved: Saved, groups: tuple[Group, ...]) -> None:
+    """Give each group what the checkpoint has of it.
+
+    Raises:
+        ConfigError: it has nothing of a group.
+    """
+    open_: list[Any] = []
+    for group in groups:
+        if group.name in saved.folders:
+            open_.append(group.all.restore(str(place / group.name)))
+        elif group.name not in saved.states:
+            have = ", ".join((*saved.folders, *saved.states))
+            raise ConfigError(
+                f"The checkpoint {place} has nothing of the group {group.name!r}.", have=have, remedy="resume with those alone"
+            )
+        else:
+            states = saved.states[group.name]
+            if len(states) == 1:
+                open_.append(group.all.restore(states[0]))
+            elif len(states) == group.world:
+                open_ += [group.one(rank).restore(state) for rank, state in enumerate(states)]
             else:
                 raise ConfigError(
                     f"The checkpoint {place} has {len(states)} states of {group.name!r}, one a member.",

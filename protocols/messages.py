@@ -27,13 +27,12 @@ Array = np.ndarray
 class Prompts(Divisible, frozen=True, kw_only=True, eq=False):
     """Data to rollout: tokenised prompts. A unit is a prompt."""
 
-    keys: Annotated[Array, Spec("int64", "N")]  # position in the data stream, unique within a run
+    keys: Annotated[Array, Spec("int64", "N")]  # position in the data stream, unique within a run; samples are seeded by it
     ids: Annotated[tuple[str, ...], Spec("", "N")]  # identity of the record, the same in every epoch
     tokens: Int32T
     cu_seqlens: Offsets
     texts: Annotated[tuple[str, ...], Spec("", "N")]  # the user's words, before templating
     columns: Annotated[dict[str, tuple[Any, ...]], Spec("", "N")] = msgspec.field(default_factory=dict)  # answer, metadata
-    epoch: int = 0
     tokenizer: str = ""  # identity hash; roles compare it before the first step
 
     @property
@@ -65,9 +64,8 @@ class Prompts(Divisible, frozen=True, kw_only=True, eq=False):
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """All prompts of these parts, which must be of one epoch and one tokenizer."""
+        """All prompts of these parts, which must be of one tokenizer."""
         return cls(
-            epoch=units.agreed([part.epoch for part in parts], "Prompts", "epoch"),
             tokenizer=units.agreed([part.tokenizer for part in parts], "Prompts", "tokenizer"),
             keys=units.joined([part.keys for part in parts]),
             ids=tuple(name for part in parts for name in part.ids),

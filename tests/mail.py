@@ -30,7 +30,6 @@ def prompts(draw: Any, most: int = 5) -> Prompts:
         cu_seqlens=offsets(lengths),
         texts=words(draw, count),
         columns=columns(draw, count),
-        epoch=draw(st.integers(0, 3)),
         tokenizer=draw(WORDS),
     )
 

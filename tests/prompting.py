@@ -8,16 +8,15 @@ import numpy as np
 from rolecall.protocols.messages import Prompts
 
 
-def prompts_of(rows: Sequence[Sequence[int]], *, ids: Sequence[str] = (), epoch: int = 0, tokenizer: str = "") -> Prompts:
-    """A Prompts message of token ids; ids default to "p0", "p1", …"""
+def prompts_of(rows: Sequence[Sequence[int]], *, ids: Sequence[str] = (), keys: Sequence[int] = (), tokenizer: str = "") -> Prompts:
+    """A Prompts message of token ids; ids default to "p0", "p1", …; keys to 0, 1, …"""
     return Prompts(
-        keys=np.arange(len(rows), dtype=np.int64),
+        keys=np.array(list(keys) or range(len(rows)), dtype=np.int64),
         ids=tuple(ids) or tuple(f"p{number}" for number in range(len(rows))),
         tokens=np.array([token for row in rows for token in row], dtype=np.int32),
         cu_seqlens=np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64),
         texts=tuple(f"text {number}" for number in range(len(rows))),
         columns={"answer": tuple(range(len(rows)))},
-        epoch=epoch,
         tokenizer=tokenizer,
     )
 

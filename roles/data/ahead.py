@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from rolecall.protocols.errors import DataError
@@ -15,29 +15,27 @@ _STOP = 10.0  # seconds for the thread to end
 
 
 class Ahead(Generic[T]):
-    """Makes the items first, first + step, first + 2 step, … before they are asked for.
+    """Takes items from an iterator before they are asked for.
 
     Args:
-        make: gives the item of an index, or None to leave it out; runs in the thread.
-        first: where to begin.
-        step: how far to the next.
+        items: (index, item) in turn, or (index, None) for what is left out; it runs in the thread.
         patience: items left out in a row after which something must be wrong.
     """
 
-    def __init__(self, make: Callable[[int], T | None], first: int, step: int, patience: int) -> None:
+    def __init__(self, items: Iterator[tuple[int, T | None]], patience: int) -> None:
         self.made = 0  # items made so far, handed out or not
         self.dropped = 0  # items left out so far
-        self._make, self._next, self._step, self._patience = make, first, step, patience
+        self._items, self._patience = items, patience
         self._ready: deque[tuple[int, T]] = deque()
         self._target = 0  # how many to have ready
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = self._ended = False
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="rolecall-data", daemon=True)
         self._thread.start()
 
     def take(self, count: int, *, keep: int, deadline: float) -> list[tuple[int, T]]:
-        """The next `count` items with their indices; afterwards `keep` more are made in the background.
+        """The next `count` items with their indices, fewer at the end; afterwards `keep` more are made in the background.
 
         Raises:
             DataError: making an item failed (its cause is attached), or took longer than `deadline` seconds.
@@ -46,7 +44,7 @@ class Ahead(Generic[T]):
         with self._change:
             self._target = count
             self._change.notify_all()
-            while len(self._ready) < count and self._error is None:
+            while len(self._ready) < count and self._error is None and not self._ended:
                 if not self._change.wait(max(0.0, until - time.monotonic())) and time.monotonic() >= until:
                     raise DataError(
                         f"Preparing {count} prompts took longer than {deadline:g} s.",
@@ -58,14 +56,14 @@ class Ahead(Generic[T]):
                     raise self._error
                 raise DataError(f"Preparing prompts failed: {type(self._error).__name__}: {self._error}") from self._error
             self._target = keep
-            taken = [self._ready.popleft() for _ in range(count)]
+            taken = [self._ready.popleft() for _ in range(min(count, len(self._ready)))]
             self._change.notify_all()
             return taken
 
     def wait_idle(self, deadline: float) -> bool:
         """Wait until as many are ready as wanted (or the thread has ended); False if not within `deadline` seconds."""
         with self._change:
-            return self._change.wait_for(lambda: len(self._ready) >= self._target or self._error is not None or self._closed, deadline)
+            return self._change.wait_for(lambda: len(self._ready) >= self._target or self._error is not None or self._ended, deadline)
 
     @property
     def ready(self) -> int:
@@ -87,7 +85,9 @@ class Ahead(Generic[T]):
                     self._change.wait_for(lambda: self._closed or len(self._ready) < self._target)
                     if self._closed:
                         return
-                item = self._make(self._next)
+                index, item = next(self._items, (-1, None))
+                if index < 0:
+                    break
                 row = 0 if item is not None else row + 1
                 if row > self._patience:
                     raise DataError(f"The last {row} prompts were all too long.", remedy="raise max_prompt_tokens, or shorten the prompts")
@@ -96,9 +96,11 @@ class Ahead(Generic[T]):
                         self.dropped += 1
                     else:
                         self.made += 1
-                        self._ready.append((self._next, item))
-                    self._next += self._step
+                        self._ready.append((index, item))
                     self._change.notify_all()
+            with self._change:
+                self._ended = True
+                self._change.notify_all()
         except BaseException as error:  # told by the next `take`: a thread has nobody to raise to
             with self._change:
                 self._error = error

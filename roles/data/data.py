@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from rolecall.protocols.errors import DataError
 from rolecall.protocols.messages import Prompts
 from rolecall.roles.base import Member, Role
 from rolecall.roles.data.ahead import Ahead
-from rolecall.roles.data.problems import Problem, Split, split
-from rolecall.roles.data.sources import Source, mapping_of, source_of
+from rolecall.roles.data.mixing import Mix
+from rolecall.roles.data.problems import Problem, Split, problems_of, split
+from rolecall.roles.data.shares import Shares, earlier_of, together
+from rolecall.roles.data.sources import Found, Source, mapping_of, source_of
+from rolecall.roles.data.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +27,29 @@ class _Made:
 
     problem: Problem
     tokens: np.ndarray
+    epoch: int = 0
+
+
+class _Listed:
+    """Problems as a source."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self._problems = problems
+
+    def records(self, *, repeats: bool) -> Iterator[Found]:
+        return ((problem.place, {"problem": problem}) for problem in self._problems)
 
 
 class Data(Role):
     """Prompts for the rollout: training ones without end, and held-out ones in a fixed order.
 
-    The stream is the training problems, shuffled anew in each epoch by (seed, epoch); a prompt's key is its place in the
-    stream. With several members, member r of w gives the places r, r + w, r + 2w, …, so none is given twice. Training and
-    held-out problems never share a text, and no text comes twice in an epoch unless `repeats` is set. Prompts are templated
-    and tokenised ahead of being asked for, in a thread.
+    The stream (`stream.py`) is the training problems, of several sources by their shares in a Mix, shuffled anew in each
+    epoch; a prompt's key is its place in the stream. With several members, member r of w gives the places r, r + w, r + 2w, …,
+    so none is given twice. Training and held-out problems never share a text, and no text comes twice in an epoch unless
+    `repeats` is set. Prompts are templated and tokenised ahead of being asked for, in a thread.
 
     Args:
-        source: ReasoningGym(...), the path of a file of JSON lines, a list of records, or any Source.
+        source: ReasoningGym(...), Files(...), Hub(...), a path or URL, a list of records, any Source, or a Mix of these.
         model: folder or hub name whose tokenizer and chat template are used.
         held_out: distinct problems to hold out; the same ones whatever the seed.
         seed: of the order; None means the run's.
@@ -53,7 +67,7 @@ class Data(Role):
 
     def __init__(
         self,
-        source: Source | str | Path | Sequence[dict[str, Any]],
+        source: Mix | Source | str | Path | Sequence[dict[str, Any]],
         *,
         model: str,
         held_out: int = 256,
@@ -78,7 +92,9 @@ class Data(Role):
         Raises:
             DataError: it says which.
         """
-        source_of(self.source)
+        self._mix().check()
+        for source in self._mix().sources.values():
+            source_of(source)
         for setting, least in (("held", 0), ("ahead", 0), ("max_prompt_tokens", 0)):
             if getattr(self, setting) < least:
                 word = "held_out" if setting == "held" else setting
@@ -97,21 +113,25 @@ class Data(Role):
         """
         super().setup(member)
         self.check()
-        self._split: Split = split(
-            source_of(self.source).records(repeats=self.repeats), self.held, repeats=self.repeats, mapping=mapping_of(self.source)
-        )
+        mix = self._mix()
+        problems = []
+        for name, source in mix.sources.items():
+            problems += problems_of(source_of(source).records(repeats=self.repeats), name, mapping_of(source))
+        self._split: Split = split(problems, self.held, repeats=self.repeats)
+        parts = {name: _Listed([each for each in self._split.training if each.source == name]) for name in mix.sources}
+        mix = msgspec.structs.replace(mix, sources=parts, shuffle=mix.shuffle and self.shuffle)
+        self._stream = Stream(mix, member.seed if self.seed is None else self.seed)
         from rolecall.roles.data.templating import Templater
         from rolecall.roles.tokens import identity, load_tokenizer, require_chat_template
 
         tokenizer = load_tokenizer(self.model)
         require_chat_template(tokenizer)
         self._templater, self._tokenizer = Templater(tokenizer, self.suffix, self.system), identity(tokenizer)
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
         if self.max_prompt_tokens and self.too_long == "refuse":
             self._refuse_long()
         held = [_Made(problem, self._templater.tokens(problem)) for problem in self._split.held_out]
         self._held = [made for made in held if not self._is_long(made)]
-        self._start(member.rank)
+        self._start(Shares(), member.rank)
         self._reported = len(self._held) - len(held)  # those left out above count at the next report
 
     def close(self) -> None:
@@ -121,25 +141,27 @@ class Data(Role):
             self._queue = None
 
     def prompts(self, count: int) -> Prompts:
-        """The next `count` training prompts of this member's share of the stream.
-
-        `epoch` of the message is that of its first prompt.
+        """The next `count` training prompts of this member's share of the stream; fewer where a mix ends.
 
         Raises:
-            DataError: a prompt can't be prepared, or it took longer than the deadline.
+            DataError: a prompt can't be prepared, it took longer than the deadline, or the data has ended.
         """
         if count < 1:
             raise DataError("At least one prompt must be asked for.", ask=f"{count} prompts")
         if self._queue is None:
             raise DataError("The data role is not set up, or was closed.", remedy="call setup(Member()) first")
         taken = self._queue.take(count, keep=self.ahead * count, deadline=self.deadline)
+        if not taken:
+            raise DataError(
+                "The data has ended.", have=f"{self._stream.length} positions", remedy='raise epochs, or set dry="repeat" in the Mix'
+            )
         self._next = taken[-1][0] + self.member.world
         dropped = self._queue.dropped
         self.meter.add("dropped", float(dropped - self._reported))
         self._reported = dropped
         self.meter.add("ready", float(self._queue.ready))
-        epoch = taken[0][0] // len(self._split.training)
-        return self._message([index for index, _ in taken], [made for _, made in taken], epoch)
+        self.meter.add("epoch", float(max(made.epoch for _, made in taken)))
+        return self._message([index for index, _ in taken], [made for _, made in taken])
 
     def held_out(self, count: int, start: int = 0) -> Prompts:
         """`count` held-out prompts from number `start` on, always in the same order; their keys are -1, -2, …
@@ -155,60 +177,62 @@ class Data(Role):
                 have=f"{len(self._held)} held out{long}",
                 remedy="ask for fewer, or raise held_out of Data",
             )
-        return self._message([-1 - number for number in range(start, start + count)], self._held[start : start + count], 0)
+        return self._message([-1 - number for number in range(start, start + count)], self._held[start : start + count])
 
     def state(self) -> dict[str, int]:
-        """Where the stream is: `restore` goes on from there exactly."""
-        return {"next": self._next, **self._meaning()}
+        """Where this member's share of the stream is, as a few integers: `restore` goes on from there exactly."""
+        return {**self._shares.state(self._next, self.member.rank, self.member.world), **self._stream.meaning()}
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken.
+    def restore(self, state: dict[str, int] | list[dict[str, int]]) -> None:
+        """Go on where `state` was taken; nothing is given twice or left out.
+
+        Args:
+            state: of this member; or a list of the states of all members of a run, whose number may have been another.
 
         Raises:
-            DataError: it was taken from other data, another seed, or another member; nothing is changed.
+            DataError: it was taken from other data, another seed or other members; nothing is changed.
         """
-        now = self._meaning()
-        other = [name for name, value in now.items() if state.get(name) != value]
-        if other or state.get("next", -1) < 0:
-            raise DataError(
-                f"The data can't go on from this state: {', '.join(other) or 'next'} differs.",
-                ask=", ".join(f"{name}={state.get(name)}" for name in other or ["next"]),
-                have=", ".join(f"{name}={now[name]}" for name in other),
-                remedy="resume with the same source, seed and number of data members",
-            )
-        self._start(state["next"])
+        states = state if isinstance(state, list) else [state]
+        now = self._stream.meaning()
+        for each in states:
+            other = [name for name, value in now.items() if each.get(name) != value]
+            if other or each.get("next", -1) < 0:
+                raise DataError(
+                    f"The data can't go on from this state: {', '.join(other) or 'next'} differs.",
+                    ask=", ".join(f"{name}={each.get(name)}" for name in other or ["next"]),
+                    have=", ".join(f"{name}={now[name]}" for name in other),
+                    remedy="resume with the same sources, mix and seed",
+                )
+        rank, world = self.member.rank, self.member.world
+        own = next((each for each in states if (each.get("rank"), each.get("world")) == (rank, world)), None)
+        if own is not None:
+            self._start(earlier_of(own), own["next"])
+        else:
+            shares = together(states)
+            self._start(shares, shares.first(rank, world))
 
-    def _meaning(self) -> dict[str, int]:
-        """What the number `next` depends on."""
-        ids = sha256("".join(problem.id for problem in self._split.training).encode()).digest()
-        facts = {"problems": int.from_bytes(ids[:6], "little"), "seed": self._seed, "shuffle": int(self.shuffle)}
-        return {**facts, "rank": self.member.rank, "world": self.member.world}
+    def report(self) -> dict[str, int]:
+        """What became of the records that this member prepared so far: how many were read, used and dropped, and why."""
+        return self._stream.report.summary()
 
-    @property
-    def _seed(self) -> int:
-        return self.member.seed if self.seed is None else self.seed
+    def _mix(self) -> Mix:
+        return self.source if isinstance(self.source, Mix) else Mix({"data": self.source})
 
-    def _start(self, first: int) -> None:
+    def _start(self, shares: Shares, first: int) -> None:
         self.close()
-        self._next, self._reported = first, 0
-        self._queue = Ahead(self._make, first, self.member.world, patience=len(self._split.training))
+        self._shares, self._next, self._reported = shares, first, 0
+        self._queue = Ahead(self._items(first), patience=len(self._split.training))
 
-    def _make(self, index: int) -> _Made | None:
-        """The prompt at a place of the stream, or None where it is too long. Runs in the thread."""
-        epoch, place = divmod(index, len(self._split.training))
-        if self._order[0] != epoch:
-            self._order = (epoch, self._shuffled(epoch))
-        problem = self._split.training[int(self._order[1][place])]
-        made = _Made(problem, self._templater.tokens(problem))
-        return None if self._is_long(made) else made
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        """The order of an epoch. RandomState, because its stream is frozen: a run can be resumed with another numpy."""
-        count = len(self._split.training)
-        if not self.shuffle:
-            return np.arange(count)
-        words = [self._seed & 0xFFFFFFFF, (self._seed >> 32) & 0xFFFFFFFF, epoch]
-        return np.random.RandomState(words).permutation(count)
+    def _items(self, first: int) -> Iterator[tuple[int, _Made | None]]:
+        """The prompts of this member's share, or None where one is too long. Runs in the thread."""
+        for raw in self._stream.at(first, step=self.member.world):
+            if self._shares.given(raw.position):
+                continue
+            problem = raw.columns["problem"]
+            made = _Made(problem, self._templater.tokens(problem), raw.epoch)
+            long = self._is_long(made)
+            self._stream.report.add("dropped" if long else "used", "too long" if long else "", place=problem.place if long else "")
+            yield raw.position, None if long else made
 
     def _is_long(self, made: _Made) -> bool:
         return bool(self.max_prompt_tokens) and len(made.tokens) > self.max_prompt_tokens
@@ -225,7 +249,7 @@ class Data(Role):
                 remedy=f'raise max_prompt_tokens to {length} if the model has room for it, or set too_long="drop"',
             )
 
-    def _message(self, keys: list[int], made: list[_Made], epoch: int) -> Prompts:
+    def _message(self, keys: list[int], made: list[_Made]) -> Prompts:
         problems = [each.problem for each in made]
         return Prompts(
             keys=np.array(keys, dtype=np.int64),
@@ -234,6 +258,5 @@ class Data(Role):
             cu_seqlens=np.concatenate([[0], np.cumsum([len(each.tokens) for each in made])]).astype(np.int64),
             texts=tuple(problem.text for problem in problems),
             columns={name: tuple(problem.columns.get(name) for problem in problems) for name in self._split.columns},
-            epoch=epoch,
             tokenizer=self._tokenizer,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ class Problem:
     messages: tuple[dict[str, Any], ...]
     columns: dict[str, Any]
     place: str  # where it was read, for errors
+    source: str = ""  # name of its source
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,19 @@ class Split:
     repeated: int  # records whose text had come before
 
 
-def split(records: Iterable[Found], held_out: int, *, repeats: bool, mapping: Mapping[str, str] | None = None) -> Split:
-    """Divide records by text.
+def split(problems: Sequence[Problem], held_out: int, *, repeats: bool) -> Split:
+    """Divide problems by text.
 
     Held out are the texts with the smallest hashes: whatever the seed, and mostly the same ones after records are added.
 
     Args:
-        records: places and records, as a Source lists them.
+        problems: of all sources.
         held_out: how many distinct problems to hold out.
         repeats: keep training problems as often as they are listed.
-        mapping: our name of a column → the dataset's; others are recognised.
 
     Raises:
-        DataError: there are no records, or too few distinct ones.
+        DataError: there are no problems, or too few distinct ones.
     """
-    problems = _problems(records, mapping)
     if not problems:
         raise DataError("The dataset is empty.", have="no record", remedy="give a source with at least one prompt")
     distinct = {problem.id: problem for problem in reversed(problems)}  # the first of equal ones stays
@@ -72,7 +71,17 @@ def split(records: Iterable[Found], held_out: int, *, repeats: bool, mapping: Ma
     return Split(training, [distinct[name] for name in aside], tuple(names), len(problems) - len(distinct))
 
 
-def _problems(records: Iterable[Found], mapping: Mapping[str, str] | None) -> list[Problem]:
+def problems_of(records: Iterable[Found], source: str = "", mapping: Mapping[str, str] | None = None) -> list[Problem]:
+    """The problems that records hold.
+
+    Args:
+        records: places and records, as a source lists them.
+        source: its name.
+        mapping: our name of a column → the source's; others are recognised.
+
+    Raises:
+        DataError: a record holds no prompt; it says which.
+    """
     layout: Layout | None = None
     problems = []
     for place, record in records:
@@ -80,11 +89,11 @@ def _problems(records: Iterable[Found], mapping: Mapping[str, str] | None) -> li
             layout = layout or recognise(record, mapping, want=("question",))
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
-        problems.append(_problem(place, record, layout))
+        problems.append(_problem(place, record, layout, source))
     return problems
 
 
-def _problem(place: str, record: dict[str, Any], layout: Layout) -> Problem:
+def _problem(place: str, record: dict[str, Any], layout: Layout, source: str) -> Problem:
     question = layout.read(record, place)
     if not isinstance(question, Question):
         raise DataError(f"{place}: this is no prompt.", have=type(question).__name__)
@@ -99,4 +108,4 @@ def _problem(place: str, record: dict[str, Any], layout: Layout) -> Problem:
             f"{place}: a column holds what is no plain data: {error}.", remedy="keep to numbers, texts, lists, objects"
         ) from error
     text = "\n".join(message["content"] for message in messages if message["role"] == "user")
-    return Problem(hashlib.sha256(words.encode(errors="surrogatepass")).hexdigest()[:24], text, messages, columns, place)
+    return Problem(hashlib.sha256(words.encode(errors="surrogatepass")).hexdigest()[:24], text, messages, columns, place, source)

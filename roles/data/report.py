@@ -24,3 +24,11 @@ class Report:
     def total(self, outcome: Outcome) -> int:
         """Records of this outcome, whatever the reason."""
         return sum(number for (found, _), number in self.counts.items() if found == outcome)
+
+    def summary(self) -> dict[str, int]:
+        """Records by outcome: "read", "cut: too long", "dropped: malformed (first: file.jsonl:3)"."""
+        found = {}
+        for (outcome, why), number in sorted(self.counts.items()):
+            first = self.first.get((outcome, why), "")
+            found[f"{outcome}{': ' if why else ''}{why}{f' (first: {first})' if first and why else ''}"] = number
+        return found

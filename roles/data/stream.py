@@ -127,7 +127,7 @@ class Stream:
 
         Besides the position itself they say what it depends on, and for each source where to begin to read.
         """
-        state = {"position": position, **self._meaning()}
+        state = {"position": position, **self.meaning()}
         for walk, number in zip(self._walks, self._schedule.before(position), strict=True):
             state |= {f"{walk.name}.{word}": value for word, value in walk.anchor(number)._asdict().items()}
         return state
@@ -138,7 +138,7 @@ class Stream:
         Raises:
             DataError: it was taken from another mix, other data or another seed; nothing is changed.
         """
-        now = self._meaning()
+        now = self.meaning()
         other = [word for word, value in now.items() if state.get(word) != value]
         if other or state.get("position", -1) < 0:
             raise DataError(
@@ -156,13 +156,13 @@ class Stream:
         for walk in self._walks:
             walk.table.close()
 
-    def _is_aside(self, columns: dict[str, Any]) -> bool:
-        digest = xxhash.xxh3_64_intdigest(msgspec.json.encode(columns, enc_hook=repr, order="sorted"))
-        return digest % self.aside == 0
-
-    def _meaning(self) -> dict[str, int]:
+    def meaning(self) -> dict[str, int]:
         """What a position depends on."""
         if not self._identity:
             settings = {**msgspec.structs.asdict(self.mix), "sources": {walk.name: walk.table.identity() for walk in self._walks}}
             self._identity = xxhash.xxh3_64_intdigest(msgspec.json.encode(settings)) >> 16 | 1
         return {"seed": self.seed, "data": self._identity, "held_out": self.aside}
+
+    def _is_aside(self, columns: dict[str, Any]) -> bool:
+        digest = xxhash.xxh3_64_intdigest(msgspec.json.encode(columns, enc_hook=repr, order="sorted"))
+        return digest % self.aside == 0

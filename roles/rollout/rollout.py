@@ -98,7 +98,7 @@ class Rollout(Role):
         top-k and top-p: what the trainer recomputes. An end token is kept as the last token of its completion, a stop text
         with the token that completes it. A completion that ends by neither has finish "length".
 
-        Tokens depend on the run's seed, the epoch, the prompt's id, the sibling's number and the weights, but not on the
+        Tokens depend on the run's seed, the prompt's key and id, the sibling's number and the weights, but not on the
         member, the batch or the slot (up to the rounding of logits, which may change with what is computed together).
 
         Raises:
@@ -145,7 +145,7 @@ class Rollout(Role):
                 remedy="give Data and Rollout the same model",
             )
         vocabulary, requests = self._model.spec.vocab, []
-        for number, name in enumerate(prompts.ids):
+        for number, (key, name) in enumerate(zip(prompts.keys.tolist(), prompts.ids, strict=True)):
             tokens = prompts.tokens[prompts.cu_seqlens[number] : prompts.cu_seqlens[number + 1]]
             length = len(tokens)
             if length == 0:
@@ -165,7 +165,7 @@ class Rollout(Role):
                     have=f"0 to {vocabulary - 1}",
                     remedy="tokenise with the tokenizer of this model",
                 )
-            seeds = tuple(sample_seed(self.member.seed, prompts.epoch, name, sibling) for sibling in range(per_prompt))
+            seeds = tuple(sample_seed(self.member.seed, key, name, sibling) for sibling in range(per_prompt))
             requests.append(Request(tokens=tokens, seeds=seeds, limit=min(limit, self.context - length)))
         return requests
 

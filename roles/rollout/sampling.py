@@ -48,9 +48,9 @@ class Sampling:
             raise UserError("top_p is out of range.", ask=f"top_p={self.top_p}", remedy="give a share in (0, 1], 1 to keep all tokens")
 
 
-def sample_seed(seed: int, epoch: int, prompt: str, sibling: int) -> int:
-    """Seed (64 bits) of one sample: a hash of the run's seed, the epoch, the prompt's id and the number of the sibling."""
-    return xxhash.xxh3_64_intdigest(f"{seed}\0{epoch}\0{sibling}\0{prompt}".encode("utf-8", "surrogatepass"))
+def sample_seed(seed: int, key: int, prompt: str, sibling: int) -> int:
+    """Seed (64 bits) of one sample: a hash of the run's seed, the prompt's place in the stream and id, and the number of the sibling."""
+    return xxhash.xxh3_64_intdigest(f"{seed}\0{key}\0{sibling}\0{prompt}".encode("utf-8", "surrogatepass"))
 
 
 def uniforms(seeds_A: np.ndarray, places_A: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ GOLDEN = Path(__file__).parent / "samples.frame"
 # Whoever changes a message on purpose writes its new fingerprint here, raises PROTOCOL in schema.py, and writes samples.frame anew
 # (`write_file(encode(batch), GOLDEN)`).
 FINGERPRINTS = {
-    Prompts: 0x4DBA792B65418F52,
+    Prompts: 0xD0D0A1E616F68CC5,
     Samples: 0x4A7C7852ECB363FB,
     Scores: 0xEA33E80E2AE9DC77,
     Logprobs: 0x76474790C75EB1FA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -90,7 +91,9 @@ def test_every_epoch_gives_each_problem_once_in_another_order(make):
     assert [key for key, _ in first + second] == list(range(14))
     assert sorted(text for _, text in first) == sorted(text for _, text in second) == [f"question {number}" for number in range(7)]
     assert [text for _, text in first] != [text for _, text in second]
-    assert role.prompts(1).epoch == 2
+    role.meter.drain()
+    role.prompts(1)
+    assert role.meter.drain()["epoch"] == (2.0, 1.0)
 
 
 def test_the_order_depends_on_the_seed_alone(make):
@@ -146,9 +149,9 @@ def test_a_state_of_other_data_is_refused_and_changes_nothing(make):
     role = make(records(9))
     expected = read(make(records(9)), 4)
     for other, message in (
-        (make(records(8)), "problems differs"),
+        (make(records(8)), "data differs"),
         (make(records(9), seed=5), "seed=5"),
-        (make(records(9), world=2), "world"),
+        (make(records(9), world=2), "states of all earlier ones are needed"),
     ):
         with pytest.raises(DataError, match=message):
             role.restore(other.state())
@@ -180,7 +183,6 @@ def test_training_and_held_out_problems_differ_by_text_on_chain_sum(make):
 def test_repeats_keep_the_proportions_of_the_generator_and_still_never_show_what_is_held_out(make):
     role = make(ReasoningGym("chain_sum", {"max_terms": 2, "max_digits": 1}, size=500), held_out=50, repeats=True)
     prompts = role.prompts(300)
-    assert prompts.epoch == 0
     assert len(set(prompts.texts)) <= 150  # of 200 there are
     assert len(set(prompts.ids)) == 300  # samples are seeded by id: repetitions must differ
     assert not set(prompts.texts) & set(role.held_out(50).texts)
@@ -221,12 +223,11 @@ def test_prompts_are_prepared_ahead_and_no_further(make):
 
 
 def test_what_goes_wrong_in_the_thread_is_told_by_the_next_call_with_its_cause():
-    def item(index: int) -> int:
-        if index == 4:
-            raise KeyError("the fifth")
-        return index
+    def items():
+        yield from ((index, index) for index in range(4))
+        raise KeyError("the fifth")
 
-    ahead = Ahead(item, 0, 1, patience=1)
+    ahead = Ahead(items(), patience=1)
     try:
         assert ahead.take(3, keep=9, deadline=WAIT) == [(0, 0), (1, 1), (2, 2)]
         for _ in range(2):
@@ -239,7 +240,7 @@ def test_what_goes_wrong_in_the_thread_is_told_by_the_next_call_with_its_cause()
 
 def test_waiting_has_a_deadline():
     gate = threading.Event()
-    ahead = Ahead(lambda index: gate.wait(WAIT), 0, 1, patience=1)
+    ahead = Ahead(((index, gate.wait(WAIT)) for index in itertools.count()), patience=1)
     try:
         with pytest.raises(DataError, match=r"Preparing 2 prompts took longer than 0\.1 s\. There is: 0 of them"):
             ahead.take(2, keep=0, deadline=0.1)

@@ -71,7 +71,8 @@ def test_the_number_of_slots_changes_nothing(tiny, rollout, slots):
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.5, 20, 0.9)])
 def test_logprobs_equal_a_whole_forward_at_the_temperature(rollout, theirs, temperature, top_k, top_p):
     rows = random_rows(LENGTHS)
-    samples = rollout.generate(prompts_of(rows), per_prompt=3, temperature=temperature, top_k=top_k, top_p=top_p)
+    stop = list("abcdefghij")  # now and then one is said: completions of many lengths
+    samples = rollout.generate(prompts_of(rows), per_prompt=3, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop)
     assert samples.temperature == temperature
     assert np.abs(samples.logprobs - forward_logprobs(theirs, samples, temperature)).max() < LOGPROB
     lengths = np.diff(samples.cu_seqlens) - samples.prompt_lengths
@@ -147,20 +148,20 @@ def test_a_sample_does_not_depend_on_its_neighbours(rollout):
     ids = [f"q{number}" for number in range(len(rows))]
     together = completions(rollout.generate(prompts_of(rows, ids=ids), per_prompt=4))
     for number in (0, 3, 8):
-        alone = completions(rollout.generate(prompts_of([rows[number]], ids=[ids[number]]), per_prompt=2))
+        alone = completions(rollout.generate(prompts_of([rows[number]], ids=[ids[number]], keys=[number]), per_prompt=2))
         assert alone == together[4 * number : 4 * number + 2]
-    backwards = completions(rollout.generate(prompts_of(rows[::-1], ids=ids[::-1]), per_prompt=4))
+    backwards = completions(rollout.generate(prompts_of(rows[::-1], ids=ids[::-1], keys=range(len(rows))[::-1]), per_prompt=4))
     assert [backwards[4 * n : 4 * n + 4] for n in range(len(rows))][::-1] == [together[4 * n : 4 * n + 4] for n in range(len(rows))]
 
 
-def test_a_sample_depends_on_run_seed_epoch_and_prompt_id(tiny, rollout):
+def test_a_sample_depends_on_run_seed_key_and_prompt_id(tiny, rollout):
     row = random_rows((6,))
     base = completions(rollout.generate(prompts_of(row)))
     assert completions(rollout.generate(prompts_of(row))) == base
     other = Rollout(tiny, max_tokens=20)
     other.setup(Member(seed=8, rank=1, world=2))
     assert completions(other.generate(prompts_of(row))) != base
-    assert completions(rollout.generate(prompts_of(row, epoch=1))) != base
+    assert completions(rollout.generate(prompts_of(row, keys=[1]))) != base
     assert completions(rollout.generate(prompts_of(row, ids=["z"]))) != base
     other.member = Member(seed=7, rank=1, world=2)
     assert completions(other.generate(prompts_of(row))) == base, "the member's rank changed its samples"

@@ -106,7 +106,7 @@ def test_streams_are_uniform_differ_by_seed_and_do_not_repeat():
     assert abs(np.corrcoef(table[:-1].ravel(), table[1:].ravel())[0, 1]) < 0.035  # 5 sigma
 
 
-def test_a_seed_depends_on_run_epoch_prompt_and_sibling():
+def test_a_seed_depends_on_run_key_prompt_and_sibling():
     kinds = {
         sample_seed(0, 0, "a", 0),
         sample_seed(1, 0, "a", 0),
