@@ -190,8 +190,10 @@ class _Walk:
 
     def experts(self, experts: Experts, here: str, flows: bool) -> bool:
         """The router, and the experts that are active for each token."""
-        hidden = self.spec.hidden
+        hidden, size, tokens = self.spec.hidden, experts.intermediate, self.tokens * experts.active
         routed = self.product(self.tokens, hidden, experts.number, flows, self.trained(f"{here}.router.weight"))
-        tokens = self.tokens * experts.active
-        raised = [self.product(tokens, hidden, experts.intermediate, flows, self.trained(f"{here}.{part}")) for part in ("gate", "up")]
-        return self.product(tokens, experts.intermediate, hidden, any(raised), self.trained(f"{here}.down")) or routed
+        routed = routed or self.trained(f"{here}.router.bias")
+        inner = self.product(tokens, hidden, 2 * size, flows, self.trained(f"{here}.experts.gate_up"))
+        inner = inner or self.trained(f"{here}.experts.gate_up_bias")
+        made = self.product(tokens, size, hidden, inner, self.trained(f"{here}.experts.down"))
+        return made or routed or self.trained(f"{here}.experts.down_bias")

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import family_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from rolecall.kernels.attention import Packed
 from rolecall.protocols.errors import ConfigError, ModelError
 from rolecall.roles.models import load
 from rolecall.roles.models.adapters import Adapters, LoraLinear
 from rolecall.roles.models.causal import CausalModel
+from rolecall.roles.models.flops import linears
 from rolecall.roles.models.lora import Lora, read_lora, resolve
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 CLOSE = 2e-5  # float32 logits of size 10, sums in another order
+FAMILY = 2e-4  # the same as for the families' logits without adapters
 TOKENS = torch.arange(4, 34)[None]
 
 
@@ -99,6 +102,32 @@ def test_what_we_save_is_what_peft_computes(tiny: str, tmp_path: Path, case: str
     for name, tensor in whole.named_parameters():
         assert (merged.pop(name) - tensor).abs().max() < CLOSE
     assert not merged
+
+
+@pytest.mark.parametrize("family", ["llama-untied-biased", "qwen3-sliding", "gemma3", "qwen3-moe-mixed", "gpt-oss"])
+def test_every_family_has_adapters_as_peft_does(family: str, tmp_path: Path) -> None:
+    """All linears of dense models, those of attention where there are experts."""
+    folder = family_model(family, tmp_path / "model")
+    targets = "all-linear" if family in ("llama-untied-biased", "qwen3-sliding", "gemma3") else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    net = peft_on(folder, r=3, lora_alpha=6, target_modules=targets)
+    net.save_pretrained(str(tmp_path / "theirs"))
+    model = load(folder, native=True)
+    plain = logits(model)
+    adapters = Adapters(model.net, resolve(Lora(start=str(tmp_path / "theirs"))))
+    assert len(adapters.linears) == sum("lora_A" in name for name, _ in net.named_parameters())
+    assert len(adapters.linears) == (len(linears(model.spec)) if targets == "all-linear" else 4 * model.spec.layers)
+    assert (logits(model) - theirs(net)).abs().max() < FAMILY
+    assert (logits(model) - plain).abs().max() > 100 * FAMILY
+    stir(adapters)
+    (tmp_path / "ours").mkdir()
+    adapters.save(tmp_path / "ours", folder)
+    other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "ours")).eval()
+    assert (logits(model) - theirs(other)).abs().max() < FAMILY
+    with adapters.plain():
+        whole = {name: tensor.clone() for name, tensor in model.named_tensors().items()}
+    fresh = load(folder, native=True)
+    fresh.load_tensors(whole)
+    assert (logits(model) - logits(fresh)).abs().max() < FAMILY
 
 
 def test_an_adapter_changes_nothing_at_first_and_starts_equal_everywhere(tiny: str) -> None:
