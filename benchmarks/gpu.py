@@ -136,7 +136,8 @@ def willing(contenders: Mapping[str, Callable[[], object]], missing: dict[str, s
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected| in float64; infinite if anything is not finite."""
-    gap, size = (values.double().norm() for values in (found.double() - expected.double(), expected))
+    found, expected = found.detach().double(), expected.detach().double()
+    gap, size = (found - expected).norm(), expected.norm()
     ratio = float(gap / size.clamp_min(1e-300))
     return ratio if ratio == ratio else float("inf")
 
