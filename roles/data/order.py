@@ -74,7 +74,6 @@ class Walk:
         self._here, self._window = Anchor(), _NOTHING
         self._readers: dict[int, Iterator[Rows]] = {}
         self._open = (-1, -1, -1)  # epoch, group and next turn of the readers
-        self._turned = -1  # where the last epoch began
         self._anchors: deque[Anchor] = deque([self._here], maxlen=_REMEMBERED)
 
     def row(self, number: int) -> tuple[int, Found | None]:
@@ -119,7 +118,8 @@ class Walk:
             epoch = number // self._total
             if epoch > self._here.epoch:
                 self._here, self._window = Anchor(epoch * self._total, epoch), _NOTHING
-        while True:
+        turns = 0  # groups without a row, one after the other
+        while turns <= 2 * self._groups:
             here = self._here
             rows = len(self._window) or self._known(here)
             if rows is None or here.first <= number < here.first + rows:
@@ -128,16 +128,15 @@ class Walk:
             if here.first <= number < here.first + rows:
                 self._anchors.append(here)
                 return
+            turns = 0 if rows else turns + 1
             self._window = _NOTHING
             self._here = Anchor(here.first + rows, here.epoch, here.group, here.turn + 1) if rows else self._turn(here)
+        raise DataError(f"The source {self.name!r} is empty.", have="no record", remedy="give a source with at least one record")
 
     def _turn(self, here: Anchor) -> Anchor:
         """The next group, or the next epoch."""
         if here.group + 1 < self._groups:
             return Anchor(here.first, here.epoch, here.group + 1)
-        if self._turned == here.first:
-            raise DataError(f"The source {self.name!r} is empty.", have="no record", remedy="give a source with at least one record")
-        self._turned = here.first
         return Anchor(here.first, here.epoch + 1)
 
     def _pieces(self, here: Anchor) -> list[int]:
