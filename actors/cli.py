@@ -1,4 +1,4 @@
-"""The command line: `rolecall plan`, `rolecall model`. A run is started by its own script: `python -m rolecall.examples.grpo`."""
+"""The command line: `rolecall plan`, `model`, `verify`. A run is started by its own script: `python -m rolecall.examples.grpo`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ def model(folder: Path | None = None) -> int:
 
     fetch(folder or FOLDER)
     return 0
+
+
+@app.command
+def verify(model: str, *, dtypes: tuple[str, ...] = ("float32", "bfloat16"), device: str = "cpu", length: int = 0) -> int:
+    """Compare our definition of a model with transformers: alone, packed and cached, on random and real inputs.
+
+    Args:
+        model: Hugging Face folder or hub name.
+        dtypes: to compare in; repeat the option for several.
+        device: to compute on.
+        length: tokens of the longest random sequence; 0 chooses one that is longer than short sliding windows.
+    """
+    from rolecall.roles.models.verify import verify as compare
+
+    return compare(model, dtypes=dtypes, device=device, length=length)
 
 
 def main() -> None:
