@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from rolecall.roles.data.spans import Span, Spans
 from rolecall.roles.data.turns import Template
+from rolecall.roles.data.words import Words
 from rolecall.roles.tokens import identity, load_tokenizer, require_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FIRST, EVERY = 32, 997  # texts that are encoded in both ways: the first ones, then every so-manieth
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 
@@ -32,6 +35,8 @@ class Tokenizer:
         self.hf = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._fast: Any = backend if getattr(tokenizer, "is_fast", False) else None
+        self._words = None if self._fast is None else Words.of(self._fast)
+        self._encoded = 0  # texts so far
         self._templates: dict[str, Spans] = {}
 
     @classmethod
@@ -108,6 +113,35 @@ class Tokenizer:
             spans: of each text, in characters, ascending.
             special: let the tokenizer add what begins and ends a text (bos); templates write that themselves.
         """
+        if self._words is None or special:
+            return self._aligned(texts, spans, special)
+        self._compare(texts)
+        if self._words is None:
+            return self._aligned(texts, spans, special)
+        found = self._words.encode(texts, [[cut for span in own for cut in span] for own in spans])
+        trained = np.zeros(len(found.tokens), dtype=np.bool_)
+        result: list[tuple[Int32, Bool]] = []
+        for start, stop, cuts in zip(found.starts[:-1].tolist(), found.starts[1:].tolist(), found.cuts, strict=True):
+            for first, last in zip((cuts or [])[::2], (cuts or [])[1::2], strict=True):
+                trained[start + first : start + last] = True
+            result.append((found.tokens[start:stop], trained[start:stop]))
+        rest = [number for number, cuts in enumerate(found.cuts) if cuts is None]
+        for number, pair in zip(rest, self._aligned([texts[each] for each in rest], [spans[each] for each in rest], False), strict=True):
+            result[number] = pair
+        return result
+
+    def _compare(self, texts: Sequence[str]) -> None:
+        """Now and then a text is encoded in both ways: looking words up must give the tokenizer's ids, or it is given up."""
+        chosen = [text for number, text in enumerate(texts, start=self._encoded) if number < FIRST or number % EVERY == 0]
+        self._encoded += len(texts)
+        if chosen and self._words is not None and not self._words.check(chosen):
+            warnings.warn(
+                f"Looking words up gives other ids than the tokenizer of {self.hf.name_or_path}: it does all itself.", stacklevel=2
+            )
+            self._words = None
+
+    def _aligned(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], special: bool) -> list[tuple[Int32, Bool]]:
+        """By the tokenizer itself, which says of which characters each token is made."""
         if self._fast is None:
             return [self._slow(text, own, special) for text, own in zip(texts, spans, strict=True)]
         found = []
