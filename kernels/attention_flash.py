@@ -37,10 +37,8 @@ def find_lines(found: Segments, device: torch.device) -> list[Line]:
 def _line(spans: Spans, slots: int, device: torch.device) -> Line:
     """Queries and keys between the spans belong to sequences that have no keys or no queries."""
     edges_q, edges_k = [0], [0]
-    order = np.argsort(spans.q_start)
-    for number in order.tolist():
-        q0, k0 = int(spans.q_start[number]), int(spans.k_start[number])
-        q1, k1 = q0 + int(spans.q_length[number]), k0 + int(spans.k_length[number])
+    for q0, q_length, k0, k_length in zip(*(part.tolist() for part in spans), strict=True):
+        q1, k1 = q0 + q_length, k0 + k_length
         # Up to the queries: no keys. Up to the keys: no queries. Then the span itself.
         edges_q += [q0, q0, q1]
         edges_k += [edges_k[-1], k0, k1]

@@ -44,9 +44,9 @@ class Segments(NamedTuple):
     def above(self) -> list[Spans]:
         """What lies before: for parents, grandparents, … the rectangles that are seen whole.
 
-        Neighbours that continue one segment are one rectangle. Within a list no query occurs twice.
+        Neighbours that continue one segment are one rectangle. Within a list no query and no key occurs twice, and both rise.
         """
-        levels = []
+        levels: list[Spans] = []
         ancestor = self.parent
         while (ancestor >= 0).any():
             child = np.flatnonzero(ancestor >= 0)
@@ -55,7 +55,7 @@ class Segments(NamedTuple):
             fresh = np.ones(len(child), dtype=bool)
             fresh[1:] = (above[1:] != above[:-1]) | (start[1:] != end[:-1])
             first, last = np.flatnonzero(fresh), np.append(np.flatnonzero(fresh)[1:], len(child)) - 1
-            levels.append(Spans(start[first], end[last] - start[first], self.start[above[first]], self.length[above[first]]))
+            levels += _rising(Spans(start[first], end[last] - start[first], self.start[above[first]], self.length[above[first]]))
             ancestor = np.where(ancestor >= 0, self.parent[ancestor], -1)
         return levels
 
@@ -93,6 +93,18 @@ class Segments(NamedTuple):
         inside = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         cuts = low[which] + inside * longest_gap
         return np.unique(np.concatenate([[0], cuts, self.start, self.start + self.length, [total]]))
+
+
+def _rising(spans: Spans) -> list[Spans]:
+    """Lists of spans whose keys rise as their queries do: mostly one."""
+    ends: list[int] = []  # of the keys of each list so far
+    lists = np.empty(len(spans.q_start), dtype=np.int64)
+    for number, (start, length) in enumerate(zip(spans.k_start.tolist(), spans.k_length.tolist(), strict=True)):
+        at = next((at for at, end in enumerate(ends) if end <= start), len(ends))
+        if at == len(ends):
+            ends.append(0)
+        lists[number], ends[at] = at, start + length
+    return [Spans(*(part[lists == at] for part in spans)) for at in range(len(ends))]
 
 
 def find_segments(segments: npt.ArrayLike, parents: npt.ArrayLike, positions: npt.ArrayLike) -> Segments:
