@@ -101,9 +101,9 @@ class Run:
     def steps(self, data: Group, count: int, *, prompts: int) -> Iterator[tuple[int, Pending[Prompts]]]:
         """Steps up to `count`, from 1 or from where a resumed run goes on, each with its prompts, which the data members
         prepare one step ahead."""
-        self._progress = Progress(self.name, count, self._first)
+        numbers = self._numbers(count)
         ahead = data.any.prompts(prompts)
-        for step in range(self._first + 1, count + 1):
+        for step in numbers:
             self._begin(step)
             current = ahead
             if "state" in data.verbs:
@@ -111,7 +111,8 @@ class Run:
             if step < count:
                 ahead = data.any.prompts(prompts)
             yield step, current
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
 
     def batches(self, data: Group, count: int, *, rows: int, ahead: int = 0) -> Iterator[tuple[int, Pending[PackedBatch]]]:
         """Steps up to `count`, from 1 or from where a resumed run goes on, each with its packed rows.
@@ -119,10 +120,10 @@ class Run:
         The data members make blocks of rows ahead of the training: `ahead` rows beyond the step's, those of three steps without
         it. `data/wait_share` is the part of a step that was spent waiting for them. Where the data ends, so do the steps.
         """
+        numbers = self._numbers(count)
         place = self._restored.get(data.name, {})
         feed = Feed(data, ahead=ahead or 3 * rows, block=place.get("block", 0), row=place.get("row", 0))
-        self._progress = Progress(self.name, count, self._first)
-        for step in range(self._first + 1, count + 1):
+        for step in numbers:
             self._begin(step)
             taken = feed.take(rows, (count - step) * rows)
             if taken is None:
@@ -130,7 +131,17 @@ class Run:
             self._waited[data.name] = feed.waited
             self._places[data.name] = (feed.block, feed.row)
             yield step, taken
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
+
+    def _numbers(self, count: int) -> range:
+        """The steps to take."""
+        if self._first >= count:
+            raise ConfigError(
+                f"This run ends at step {count}.", ask="to go on", have=f"a checkpoint of step {self._first}", remedy="give more steps"
+            )
+        self._progress = Progress(self.name, count, self._first)
+        return range(self._first + 1, count + 1)
 
     def _begin(self, step: int) -> None:
         self._step_started = time.monotonic()
@@ -193,16 +204,26 @@ class Run:
             self._progress.show(line)
         return line
 
-    def evaluate(self, word: str, rollout: Group, reward: Group, prompts: Pending[Prompts], **sampling: Any) -> Evaluation:
-        """Score completions of held-out prompts; greedy unless `sampling` says otherwise. Saved under `word`."""
+    def evaluate(
+        self, word: str, rollout: Group, reward: Group, prompts: Pending[Prompts], *, measured: Pending[Any] | None = None, **sampling: Any
+    ) -> Evaluation:
+        """Score completions of held-out prompts; greedy unless `sampling` says otherwise. Saved under `word`.
+
+        Between two steps: what is measured here is part of none. `measured`, of `policy.split.measure`, gives the held-out loss.
+        """
         samples = rollout.split.generate(prompts, **{"temperature": 0.0, **sampling})
         scores = reward.split.score(samples).result()
-        for group in (rollout, reward):
-            group.drain()  # what an evaluation measures is not part of a step
+        line: dict[str, Any] = {"evaluation": word}
+        if measured is not None:
+            found = [receipt.metrics["held_out_loss"] for receipt in measured.receipts() if "held_out_loss" in receipt.metrics]
+            line["loss"] = sum(total for total, _ in found) / sum(weight for _, weight in found)
+        for group in {rollout, reward, *(part.group for part in (measured.parts if measured else ()))}:
+            group.drain()
         evaluation = table_of(samples.result(), scores)
         evaluation.save(self.folder / "samples" / f"{word}.parquet")
-        self._metrics.write(json.dumps({"evaluation": word, "accuracy": evaluation.mean, "count": len(evaluation.values)}) + "\n")
-        print(f"{word}: {evaluation.mean:.3f} on {len(evaluation.values)} held-out prompts", flush=True)
+        self._metrics.write(json.dumps(line | {"accuracy": evaluation.mean, "count": len(evaluation.values)}) + "\n")
+        loss = f", held-out loss {line['loss']:.3f}" if "loss" in line else ""
+        print(f"{word}: {evaluation.mean:.3f} on {len(evaluation.values)} held-out prompts{loss}", flush=True)
         return evaluation
 
     def explain(self, *, prompts: int, per_prompt: int, policy: Group, updates: int = 1) -> None:

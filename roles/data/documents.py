@@ -110,7 +110,7 @@ class Documents(Role):
 
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model)
         self._encoder = Encoder(tokenizer, train=self.train, plain=self.plain, system=self.system, suffix=self.suffix)
-        self._tokenizer, self._square = identity(tokenizer), _share(self.model)
+        self._tokenizer, (self._context, self._square) = identity(tokenizer), _facts(self.model)
         self._report = Report()
         self._stream = Stream(self.source, member.seed if self.seed is None else self.seed, report=self._report, held_out=self.held)
         self._layouts: dict[tuple[str, ...], Layout] = {}
@@ -209,6 +209,7 @@ class Documents(Role):
             self._encoded(raws),
             capacity=self.row_tokens,
             block=block,
+            longest=self._context,
             too_long=self.too_long,
             square=self._square,
             report=self._report,
@@ -244,8 +245,8 @@ class Documents(Role):
 
     def _meaning(self) -> dict[str, int]:
         """What a block's rows depend on besides the stream."""
-        words = (self.row_tokens, self.block, self.too_long, self.unusable, self.train, self.plain, self.system, self._tokenizer)
-        return {"settings": xxhash.xxh3_64_intdigest(repr(words).encode()) >> 16}
+        words = (self.row_tokens, self.block, self.too_long, self.unusable, self.train, self.plain, self.system)
+        return {"settings": xxhash.xxh3_64_intdigest(repr((*words, self._context, self._tokenizer)).encode()) >> 16}
 
     def _ready(self) -> Stream:
         if self._stream is None:
@@ -277,15 +278,19 @@ def _words(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(each["content"]) for each in prompt if each["role"] == "user")
 
 
-def _share(model: str) -> float:
-    """`attention_share` of a model from its configuration; 0 where that says too little."""
+def _facts(model: str) -> tuple[int, float]:
+    """Context and `attention_share` of a model from its configuration; 0 where that says too little."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError):
+        return 0, 0.0  # a tokenizer alone
+    context = getattr(config, "max_position_embeddings", None) or 0
+    try:
         hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
         head = getattr(config, "head_dim", None) or hidden // heads
         own = 2 * hidden * head * (heads + (getattr(config, "num_key_value_heads", None) or heads)) + 3 * hidden * config.intermediate_size
-        return attention_share(heads * head, layers, layers * own + hidden * config.vocab_size)
-    except (OSError, ValueError, AttributeError, TypeError):
-        return 0.0
+        return context, attention_share(heads * head, layers, layers * own + hidden * config.vocab_size)
+    except (AttributeError, TypeError):
+        return context, 0.0  # another kind of model

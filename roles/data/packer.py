@@ -51,6 +51,7 @@ def pack_block(
     *,
     capacity: int,
     block: int = 0,
+    longest: int = 0,
     too_long: TooLong = "cut",
     square: float = 0.0,
     report: Report | None = None,
@@ -65,6 +66,7 @@ def pack_block(
         encoded: the records; all of them preferences, or none.
         capacity: slots of a row.
         block: number of the block: the keys of its rows are block x ROWS + 0, 1, 2, …
+        longest: slots that a record may take, where that is less than a row (the model's context); 0 for a row.
         too_long: what to do with a record that needs more slots: "cut" its end off, "split" it into rows of its own (the
             pieces don't see each other), "drop" it, or "refuse" the data. Preferences can't be split.
         square: cost of a row is its tokens + square x (sum of its sequences' lengths squared); see `attention_share`.
@@ -75,7 +77,8 @@ def pack_block(
         DataError: a record is too long, and is to be refused.
     """
     report = Report() if report is None else report
-    fitted = [_fit(each, capacity, too_long, report) for each in encoded]
+    limit = min(capacity, longest or capacity)
+    fitted = [_fit(each, limit, too_long, report) for each in encoded]
     documents: list[_Document] = []
     sample = 0
     for pieces in fitted:
@@ -113,7 +116,7 @@ def _fit(each: Encoded | Pair, capacity: int, too_long: TooLong, report: Report)
         raise DataError(
             f"{one.place or 'a record'} is too long for a row.",
             ask=f"{_slots(each)} slots",
-            have=f"rows of {capacity}",
+            have=f"room for {capacity} (a row, or the model's context)",
             remedy='raise row_tokens, or set too_long="cut" or "drop"' + ("" if isinstance(each, Pair) else ' or "split"'),
         )
     pieces: list[Encoded | Pair] = []

@@ -28,6 +28,18 @@ def last_number(prompt: str, completion: str, answer: str | float, **_: Any) -> 
     return float(_last(completion) == truth)
 
 
+def ends_with(prompt: str, completion: str, answer: str | float, **_: Any) -> float:
+    """1.0 if the completion ends with the answer, else 0.0: with its last number where the answer is one, else with its very words.
+
+    A full stop and blanks at the end don't count; nor does a word that only ends with the answer's letters ("unable" for "able").
+    """
+    truth, said = (text.strip().rstrip(".").rstrip() for text in (str(answer), completion))
+    if _NUMBER.fullmatch(truth):
+        return last_number(prompt, completion, truth)
+    before = said[: len(said) - len(truth)]
+    return float(bool(truth) and said.endswith(truth) and not (truth[0].isalnum() and before[-1:].isalnum()))
+
+
 def _last(text: str) -> Decimal | None:
     """The last number in a text."""
     found = _NUMBER.findall(text)

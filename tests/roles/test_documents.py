@@ -112,7 +112,7 @@ def test_what_can_not_be_used_is_counted_or_refused(tiny: str, tmp_path: Path) -
     assert len(role.batch(1).keys) == 0, "the end"
     with pytest.raises(DataError):
         ready(tiny, Mix({"all": [*good, *bad]}, epochs={"all": 1}), unusable="refuse").batch(0)
-    with pytest.raises(DataError, match=r"too long for a row.*rows of 256"):
+    with pytest.raises(DataError, match=r"too long for a row.*room for 256"):
         ready(tiny, [*good, long], too_long="refuse").batch(0)
     with pytest.raises(DataError, match=r"None of the 16 records from position 0 on can be trained.*16 dropped"):
         ready(tiny, [bad[0]]).batch(0)

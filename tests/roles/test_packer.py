@@ -102,7 +102,7 @@ def test_rows_are_full_and_long_records_do_not_come_first() -> None:
 def test_what_is_too_long() -> None:
     rng = np.random.default_rng(1)
     long, short = encoded(rng, 50, 1.0), encoded(rng, 5, 1.0)
-    with pytest.raises(DataError, match=r'line 50 is too long for a row.*49 slots.*rows of 16.*"cut" or "drop" or "split"'):
+    with pytest.raises(DataError, match=r'line 50 is too long for a row.*49 slots.*room for 16.*"cut" or "drop" or "split"'):
         pack_block([short, long], capacity=16, too_long="refuse")
     report = Report()
     cut = pack_block([short, long], capacity=16, too_long="cut", report=report)
@@ -118,6 +118,8 @@ def test_what_is_too_long() -> None:
     drop = pack_block([short, long], capacity=16, too_long="drop", report=report)
     assert list(trained_contexts(drop)) == [0]
     assert report.counts == {("used", ""): 1, ("dropped", "too long"): 1}
+    context = pack_block([short, long], capacity=64, longest=16, too_long="cut")
+    assert trained_contexts(context)[1] == wanted(long)[:16], "longer than the model's context"
     late = Encoded(np.arange(50, dtype=np.int32), np.arange(50) > 40, place="late")
     report = Report()
     assert len(pack_block([late], capacity=16, report=report).keys) == 0

@@ -8,7 +8,25 @@ import sys
 import pytest
 from rolecall.protocols import RewardError
 from rolecall.roles.base import Member
-from rolecall.roles.rewards import Reward, last_number, math_equal, reasoning_gym_score
+from rolecall.roles.rewards import Reward, ends_with, last_number, math_equal, reasoning_gym_score
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "value"),
+    [
+        ("so 12 + 3 = 15\n#### 15.0", "15", 1.0),
+        ("15 it is, or 16", "15", 0.0),
+        ("l o c -> col", "col", 1.0),
+        ("It is col.", "col", 1.0),
+        ("protocol", "col", 0.0),
+        ("col, I think", "col", 0.0),
+        ('<tool_call>{"name": "f"}</tool_call>', '<tool_call>{"name": "f"}</tool_call>', 1.0),
+        ("", "col", 0.0),
+        ("anything", "", 0.0),
+    ],
+)
+def test_ends_with(completion: str, answer: str, value: float) -> None:
+    assert ends_with("", completion, answer) == value
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ class ReasoningGym(msgspec.Struct, frozen=True):
     config: dict[str, Any] = {}  # of the task: {"min_terms": 2, "max_terms": 2}
     size: int = 2000  # distinct problems to make (problems, where repeats are kept)
     seed: int = 0  # of the problems; not the run's, so that runs with other seeds have the same problems
+    completion: str = ""  # for fine-tuning: the metadata that is the worked answer ("answer_cot"), or "answer" for the answer alone
 
     def records(self, *, repeats: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         """`size` problems.
@@ -38,7 +39,7 @@ class ReasoningGym(msgspec.Struct, frozen=True):
                 given += 1
                 metadata = entry.get("metadata", {})
                 columns = {"answer": entry["answer"], "metadata": metadata, "data_source": f"reasoning_gym/{self.task}"}
-                yield f"{self.task} {draw}", {"prompt": entry["question"], **columns}
+                yield f"{self.task} {draw}", {"prompt": entry["question"], **self._worked(entry), **columns}
             if given == self.size:
                 return
             if not repeats and idle >= max(_LEAST, _PATIENCE * len(seen)):
@@ -48,6 +49,20 @@ class ReasoningGym(msgspec.Struct, frozen=True):
                     have=f"{len(seen)}, and the last {idle} draws brought no new one",
                     remedy=f"set size={len(seen)} and hold fewer out, or give the task a wider range (more digits, more terms)",
                 )
+
+    def _worked(self, entry: dict[str, Any]) -> dict[str, str]:
+        """The column `completion`, where one is asked for."""
+        if not self.completion:
+            return {}
+        known = {"answer": entry["answer"], **entry.get("metadata", {})}
+        if not isinstance(known.get(self.completion), str):
+            texts = [name for name, value in known.items() if isinstance(value, str)]
+            raise DataError(
+                f"The task {self.task} has no text {self.completion!r} to train on.",
+                have=", ".join(texts),
+                remedy=f"set completion to one of these: {_nearest(self.completion, texts)}",
+            )
+        return {"completion": known[self.completion]}
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         """Draws without end: the generator's own sequence for `seed`, then further ones."""
