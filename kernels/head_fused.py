@@ -265,7 +265,7 @@ def _project(
     kernels.project[(programs,)](
         x, w, to, targets, reference, first, second, top, mass, turn, at,
         len(states), rule.vocab, states.shape[1], rule.scale / (rule.softcap or 1.0), _outer(rule),
-        KIND=getattr(kernels, kind), CAP=bool(rule.softcap), ENTROPY=entropy, BM=rows, BN=columns, BK=depth,
+        KIND=getattr(kernels, kind).value, CAP=bool(rule.softcap), ENTROPY=entropy, BM=rows, BN=columns, BK=depth,
         GROUP=how.group, PROGRAMS=programs, FLATTEN=how.flatten, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
 
