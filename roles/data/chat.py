@@ -40,16 +40,21 @@ def messages_of(value: Any, place: str, column: str, tools: Tools | None = None)
     """
     value = _from_json(value, place, column) if isinstance(value, str) else value
     if not isinstance(value, str | bytes | dict) and hasattr(value, "__len__") and len(value) == 0:
-        raise DataError(f"{place}: the conversation in {column!r} is empty.", remedy="take the record out")
+        raise DataError(f"{place}: the conversation in {column!r} is empty.", remedy="take the record out", why="an empty conversation")
     if not is_messages(value):
         raise DataError(
             f"{place}: {column!r} holds no list of messages.",
             have=f"{type(value).__name__} {str(value)[:60]!r}",
             remedy='write [{"role": "user", "content": "…"}, …]',
+            why="no list of messages",
         )
     messages = tuple(_message(each, f"{place}, message {number}", tools) for number, each in enumerate(value, start=1))
     if all(message["role"] in ("system", "developer") for message in messages):
-        raise DataError(f"{place}: the conversation in {column!r} holds only a system message.", remedy="take the record out")
+        raise DataError(
+            f"{place}: the conversation in {column!r} holds only a system message.",
+            remedy="take the record out",
+            why="only a system message",
+        )
     return messages
 
 
@@ -65,7 +70,9 @@ def tools_of(value: Any, place: str) -> Tools | None:
     if isinstance(value, dict):
         value = [value]
     if not is_messages(value):
-        raise DataError(f"{place}: the tools are no list of objects.", have=f"{type(value).__name__} {str(value)[:60]!r}")
+        raise DataError(
+            f"{place}: the tools are no list of objects.", have=f"{type(value).__name__} {str(value)[:60]!r}", why="tools of a wrong type"
+        )
     return tuple(_tool(_without_nulls(each), place) for each in value)
 
 
@@ -87,6 +94,7 @@ def split_shared(prompt: Any, chosen: Any, rejected: Any, place: str) -> tuple[A
             raise DataError(
                 f"{place}: there is no prompt, and the chosen and the rejected conversation don't begin with the same message.",
                 remedy="add a column prompt, or begin both with the user's message",
+                why="no prompt",
             )
         prompt, begin = ("", 0) if texts else (chosen[:shared], shared)
     else:
@@ -95,7 +103,7 @@ def split_shared(prompt: Any, chosen: Any, rejected: Any, place: str) -> tuple[A
     chosen, rejected = chosen[begin:], rejected[begin:]
     if not chosen or not rejected:
         side = "rejected" if chosen else "chosen"
-        raise DataError(f"{place}: the {side} answer is empty.", remedy="take the record out, or give both answers")
+        raise DataError(f"{place}: the {side} answer is empty.", remedy="take the record out, or give both answers", why="an empty answer")
     return prompt, chosen, rejected
 
 
@@ -111,7 +119,12 @@ def _repeated(prompt: Messages, chosen: Messages, rejected: Messages) -> int:
 def _message(given: dict[str, Any], place: str, tools: Tools | None) -> dict[str, Any]:
     who = next((name for name in _WHO if given.get(name) is not None), None)
     if who is None or not isinstance(given[who], str):
-        raise DataError(f"{place}: it has no role.", have=", ".join(map(str, given)) or "no field at all", remedy='give it a "role"')
+        raise DataError(
+            f"{place}: it has no role.",
+            have=", ".join(map(str, given)) or "no field at all",
+            remedy='give it a "role"',
+            why="a message without a role",
+        )
     what = next((name for name in _WHAT if given.get(name) is not None), None)
     role, content = given[who], None if what is None else given[what]
     more = {name: value for name, value in given.items() if name not in (who, *_WHAT) and value is not None}
@@ -119,7 +132,9 @@ def _message(given: dict[str, Any], place: str, tools: Tools | None) -> dict[str
         role, content, more["tool_calls"] = "assistant", "", _from_json(content, place, "value") if isinstance(content, str) else content
     calls = _calls(more.pop("tool_calls", None), place, tools)
     if content is None and not calls and not any(isinstance(more.get(name), str) for name in ("reasoning_content", "thinking")):
-        raise DataError(f"{place}: it has no content.", have=", ".join(map(str, given)), remedy='give it a "content"')
+        raise DataError(
+            f"{place}: it has no content.", have=", ".join(map(str, given)), remedy='give it a "content"', why="a message without content"
+        )
     message = {"role": _ROLES.get(role, role), "content": _content(content, place), **more}
     if calls:
         message["tool_calls"] = calls
@@ -138,11 +153,19 @@ def _content(content: Any, place: str) -> str:
         if not other:
             return "\n".join(part["text"] for part in content)
         raise DataError(
-            f"{place}: its content has parts that are no text.", have=", ".join(sorted(other)), remedy="take images and sounds out"
+            f"{place}: its content has parts that are no text.",
+            have=", ".join(sorted(other)),
+            remedy="take images and sounds out",
+            why="content that is no text",
         )
     if isinstance(content, list | tuple) and not len(content):
         return ""
-    raise DataError(f"{place}: its content is no text.", have=f"{type(content).__name__} {str(content)[:60]!r}", remedy="make it a text")
+    raise DataError(
+        f"{place}: its content is no text.",
+        have=f"{type(content).__name__} {str(content)[:60]!r}",
+        remedy="make it a text",
+        why="content that is no text",
+    )
 
 
 def _calls(given: Any, place: str, tools: Tools | None) -> list[dict[str, Any]]:
@@ -152,14 +175,20 @@ def _calls(given: Any, place: str, tools: Tools | None) -> list[dict[str, Any]]:
     if isinstance(given, dict):
         given = [given]
     if not is_messages(given):
-        raise DataError(f"{place}: its tool calls are no list of objects.", have=f"{type(given).__name__} {str(given)[:60]!r}")
+        raise DataError(
+            f"{place}: its tool calls are no list of objects.",
+            have=f"{type(given).__name__} {str(given)[:60]!r}",
+            why="tool calls of a wrong type",
+        )
     declared = {tool["function"].get("name"): tool["function"].get("parameters") or {} for tool in tools or ()}
     found = []
     for call in given:
         function = call["function"] if isinstance(call.get("function"), dict) else call
         name = function.get("name")
         if not isinstance(name, str) or not name:
-            raise DataError(f"{place}: a tool call names no function.", have=str(call)[:80], remedy='give it a "name"')
+            raise DataError(
+                f"{place}: a tool call names no function.", have=str(call)[:80], remedy='give it a "name"', why="a tool call without a name"
+            )
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _from_json(arguments, place, "arguments") if arguments.strip() else {}
@@ -174,7 +203,9 @@ def _calls(given: Any, place: str, tools: Tools | None) -> list[dict[str, Any]]:
 def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{place}: a tool has no name.", have=str(tool)[:80], remedy='write {"name": …, "parameters": …}')
+        raise DataError(
+            f"{place}: a tool has no name.", have=str(tool)[:80], remedy='write {"name": …, "parameters": …}', why="a tool without a name"
+        )
     return tool if function is not tool else {"type": "function", "function": tool}
 
 
@@ -191,4 +222,6 @@ def _from_json(text: str, place: str, column: str) -> Any:
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise DataError(f"{place}: {column!r} is a text that is no JSON: {error}.", have=repr(text[:60])) from error
+        raise DataError(
+            f"{place}: {column!r} is a text that is no JSON: {error}.", have=repr(text[:60]), why="no JSON in a column"
+        ) from error

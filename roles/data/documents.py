@@ -16,7 +16,7 @@ from rolecall.roles.data.encode import Encoded, Encoder, Pair
 from rolecall.roles.data.mixing import Mix
 from rolecall.roles.data.packer import TOO_LONG, TooLong, attention_share, pack_block
 from rolecall.roles.data.records import Completion, Conversation, Layout, Question, Record, recognise
-from rolecall.roles.data.report import Report
+from rolecall.roles.data.report import Report, reason
 from rolecall.roles.data.sources import Source, mapping_of, source_of
 from rolecall.roles.data.stream import Raw, Stream
 
@@ -224,7 +224,7 @@ class Documents(Role):
             except DataError as error:
                 if self.unusable == "refuse":
                     raise
-                self._report.add("dropped", error.message.removeprefix(raw.place).lstrip(": "), place=raw.place)
+                self._report.add("dropped", reason(error, raw.place), place=raw.place)
         return self._encoder.encode_all(records, self._report if self.unusable == "drop" else None)
 
     def _read(self, raw: Raw) -> Record:

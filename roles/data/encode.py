@@ -10,11 +10,11 @@ import numpy as np
 from rolecall.protocols.errors import DataError
 from rolecall.roles.data.chat import Messages
 from rolecall.roles.data.records import Completion, Conversation, Preference, Question, Record, Text, Words
+from rolecall.roles.data.report import Report, reason
 from rolecall.roles.data.spans import Span
 from rolecall.roles.data.tokenizer import Bool, Int32, Tokenizer
 
 if TYPE_CHECKING:
-    from rolecall.roles.data.report import Report
     from transformers import PreTrainedTokenizerBase
 
 _Chat = Conversation | Completion | Preference
@@ -201,9 +201,4 @@ def _whole(record: Record, sides: list[Encoded]) -> Encoded | Pair:
 def _drop(report: Report | None, error: DataError, place: str) -> None:
     if report is None:
         raise error
-    report.add("dropped", why(error, place), place=place)
-
-
-def why(error: DataError, place: str) -> str:
-    """The reason of an error in a few words, the same for all records it happens to."""
-    return str(getattr(error, "why", "") or error.message.removeprefix(place).lstrip(": ").partition(". ")[0])
+    report.add("dropped", reason(error, place), place=place)

@@ -125,7 +125,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             return Completion(prompt=prompt, completion=completion, **common)
         used = set(self.columns.values())
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-            raise DataError(f"{place}: the prompt does not end with something to answer.", remedy="end it with a message of the user")
+            raise DataError(
+                f"{place}: the prompt does not end with something to answer.",
+                remedy="end it with a message of the user",
+                why="a prompt that ends with the assistant",
+            )
         return Question(prompt=prompt, columns={name: value for name, value in record.items() if name not in used}, **common)
 
     def _preference(self, record: Mapping[str, Any], place: str, common: dict[str, Any]) -> Preference:
@@ -139,7 +143,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             _, rejected = _alike(prompt, rejected)
         prompt, chosen, rejected = split_shared(prompt, chosen, rejected, place)
         if chosen == rejected:
-            raise DataError(f"{place}: the chosen answer and the rejected one are the same.", remedy="take the record out")
+            raise DataError(
+                f"{place}: the chosen answer and the rejected one are the same.",
+                remedy="take the record out",
+                why="two answers that are the same",
+            )
         return Preference(prompt=prompt, chosen=chosen, rejected=rejected, **common)
 
     def _prompt(self, record: Mapping[str, Any], place: str, tools: Tools | None) -> Words:
@@ -148,7 +156,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         if more and isinstance(prompt, str):
             prompt = f"{prompt}\n\n{_text(more, self.columns['input'], place)}"
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise DataError(f"{place}: the prompt is empty.", remedy="take the record out, or give it a prompt")
+            raise DataError(f"{place}: the prompt is empty.", remedy="take the record out, or give it a prompt", why="an empty prompt")
         words: Words = self._with_system(record, prompt, place)
         return words
 
@@ -172,6 +180,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             f"{place}: the column {self.columns[name]!r} is neither a text nor a list of messages.",
             have=f"{type(value).__name__} {str(value)[:60]!r}",
             remedy=f'write "…" or [{{"role": "{role}", "content": "…"}}], or map {name!r} to another column',
+            why="a column of a wrong type",
         )
 
     def _value(self, record: Mapping[str, Any], name: str, place: str) -> Any:
@@ -180,7 +189,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         if value is None:
             state = "is empty (null)" if column in record else "is missing"
             have = ", ".join(map(str, record)) or "no column at all"
-            raise DataError(f"{place}: the column {column!r} {state}.", have=have, remedy=_remedy(column, record))
+            raise DataError(f"{place}: the column {column!r} {state}.", have=have, remedy=_remedy(column, record), why=f"no {column}")
         return value
 
     def _maybe(self, record: Mapping[str, Any], name: str) -> Any:
@@ -271,6 +280,7 @@ def _text(value: Any, column: str, place: str) -> str:
             f"{place}: the column {column!r} holds no text.",
             have=f"{type(value).__name__} {str(value)[:60]!r}",
             remedy="make it a text, or map another column",
+            why="a column of a wrong type",
         )
     return value
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
+from rolecall.protocols.errors import DataError
+
 Outcome = Literal["read", "used", "cut", "split", "dropped", "noted"]
 
 
@@ -32,3 +34,11 @@ class Report:
             first = self.first.get((outcome, why), "")
             found[f"{outcome}{': ' if why else ''}{why}{f' (first: {first})' if first and why else ''}"] = number
         return found
+
+
+def reason(error: DataError, place: str = "") -> str:
+    """Why a record was dropped, in a few words that are the same for all records it happens to: what a report counts by.
+
+    Errors about single records carry it as `why`; of others it is the first sentence.
+    """
+    return str(getattr(error, "why", "") or error.message.removeprefix(place).lstrip(": ").partition(". ")[0])

@@ -135,10 +135,15 @@ class Template:
                 f"{place}: the chat template refuses the conversation: {type(error).__name__}: {error}.",
                 have=f"messages of {roles}",
                 remedy="bring the messages into the order that the template wants, or take the record out",
+                why="refused by the chat template",
             ) from error
         parts = marked.split(MARK)
         if len(parts) != len(recorder.states) + 1:
-            raise DataError(f"{place}: the conversation holds the character U+FDD0, which is no text.", remedy="take it out")
+            raise DataError(
+                f"{place}: the conversation holds the character U+FDD0, which is no text.",
+                remedy="take it out",
+                why="a character that is no text",
+            )
         return _tile(parts, recorder.states)
 
 
