@@ -208,21 +208,32 @@ def split_lines(blocks: Iterator[bytes], longest: int, piece: Piece) -> Iterator
     """
     at = max(piece.start - 1, 0)  # where the next line begins
     behind = piece.start > 0  # whether that line began before the piece
-    rest, lost = b"", 0  # of the line that has not ended yet: what is kept, and how much is not
+    rest: list[bytes] = []  # the beginning of a line whose end is still to come
+    kept = lost = 0  # its bytes: in `rest`, and forgotten because it is too long
     for block in blocks:
-        lines = (rest + block).split(b"\n")
-        if at == 0 and lines[0].startswith(b"\xef\xbb\xbf") and not lost:
-            lines[0] = lines[0][3:]
-            at = 3
-        rest = lines.pop()
-        for line in lines:
-            length = len(line) + lost + 1
-            if not behind:
-                yield Long(line[:_SAMPLE]) if length - 1 > longest else line
-            behind, lost, at = False, 0, at + length
-            if piece.stop is not None and at >= piece.stop:
-                return
-        if len(rest) > longest:
-            rest, lost = rest[:_SAMPLE], lost + len(rest) - _SAMPLE
-    if (rest or lost) and not behind:
-        yield Long(rest[:_SAMPLE]) if len(rest) + lost > longest else rest
+        lines = block.split(b"\n")
+        tail = lines.pop()
+        if lines:
+            lines[0] = b"".join((*rest, lines[0]))
+            for line in lines:
+                length = len(line) + lost
+                if not behind:
+                    yield _marked(line, length, longest, at)
+                behind, lost, at = False, 0, at + length + 1
+                if piece.stop is not None and at >= piece.stop:
+                    return
+            rest, kept = [], 0
+        rest.append(tail)
+        kept += len(tail)
+        if kept > longest:
+            begin = b"".join(rest)[:_SAMPLE]
+            rest, kept, lost = [begin], len(begin), lost + kept - len(begin)
+    if kept and not behind:
+        yield _marked(b"".join(rest), kept + lost, longest, at)
+
+
+def _marked(line: bytes, length: int, longest: int, at: int) -> bytes:
+    """A line without the mark that some editors put before the first, or what is left of it if it is too long."""
+    if at == 0 and line.startswith(b"\xef\xbb\xbf"):
+        line = line[3:]
+    return Long(line[:_SAMPLE]) if length > longest else line
