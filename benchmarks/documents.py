@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rolecall.kernels.packing import pack_rows
+from rolecall.kernels.packing import OpenRows, pack_rows
 from rolecall.protocols.messages import PackedBatch
 
 SHORTEST, SPARE = 2, 8  # a document has something to predict; rows are chosen out of so many times what is asked for
@@ -49,6 +49,12 @@ class Rows:
     def lengths(self) -> np.ndarray:
         """Of all documents, int64."""
         return np.array([len(each) for row in self.documents for each in row], dtype=np.int64)
+
+    @property
+    def shuffled(self) -> list[np.ndarray]:
+        """The documents in an order of their own, as a stream brings them."""
+        flat = [each for row in self.documents for each in row]
+        return [flat[number] for number in np.random.default_rng(0).permutation(len(flat)).tolist()]
 
     @property
     def tokens(self) -> int:
@@ -98,11 +104,10 @@ class Rows:
         return [collate([{"input_ids": each} for row in part for each in row]) for part in parts]
 
     def padded(self, documents: int) -> list[dict[str, Any]]:
-        """The documents in order, so many at a time, each batch padded on the right to its longest one, as trainers do by default."""
+        """The documents as they come, so many at a time, each batch padded on the right to its longest one, as trainers do by default."""
         import torch
 
-        flat = [each for row in self.documents for each in row]
-        made = []
+        flat, made = self.shuffled, []
         for start in range(0, len(flat), documents):
             part = flat[start : start + documents]
             ids = np.zeros((len(part), max(map(len, part))), np.int64)
@@ -131,13 +136,13 @@ def rows_of(law: Law, rows: int, capacity: int, vocab: int, seed: int) -> Rows:
     return Rows([[random.integers(4, vocab, sizes[each], dtype=np.int32) for each in packed[row]] for row in chosen.tolist()], capacity)
 
 
-def rows_on_the_fly(law: Law, rows: int, capacity: int, vocab: int, seed: int) -> Rows:
-    """Random documents of a law in the first rows that on-line best fit closes once it has closed as many before."""
-    from rolecall.kernels.packing import OpenRows
-
+def packed_on_the_fly(law: Law, rows: int, capacity: int, vocab: int, seed: int) -> list[list[np.ndarray]]:
+    """Random documents of a law in the rows that on-line best fit closes one after the other, once as many as it keeps open are filled."""
     random = np.random.default_rng(seed)
-    packer, closed, lengths = OpenRows(capacity), [], []
-    while len(closed) < 2 * rows:
-        lengths.append(int(law.draw(random, 1)[0]))
-        closed += packer.add(lengths[-1], len(lengths) - 1)
-    return Rows([[random.integers(4, vocab, lengths[each], dtype=np.int32) for each in row] for row in closed[rows : 2 * rows]], capacity)
+    packer, closed, lengths = OpenRows(capacity), list[list[int]](), list[int]()
+    while len(closed) < rows + packer.open_rows:
+        for length in law.draw(random, 1000).tolist():
+            closed += packer.add(length, len(lengths))
+            lengths.append(length)
+    kept = closed[packer.open_rows : packer.open_rows + rows]
+    return [[random.integers(4, vocab, lengths[each], dtype=np.int32) for each in row] for row in kept]

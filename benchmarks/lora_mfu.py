@@ -49,7 +49,8 @@ PACKAGES = ("rolecall", "torch", "triton", "transformers", "peft", "liger-kernel
 def ours(model: str, adapter: str, rows: int, device: str, dtype: str = "bfloat16", **settings: object) -> Ours:
     """The policy as a user would set it up for this."""
     about = f"the policy role: packed rows, {rows} a pass, compiled blocks, fused adapters, float32 gradients and masters of the adapters"
-    return Ours(OWN, about, model, device=device, dtype=dtype, rows_per_pass=rows, compile=device != "cpu", lora=Lora(start=adapter), **settings)
+    lora = Lora(start=adapter)
+    return Ours(OWN, about, model, device=device, dtype=dtype, rows_per_pass=rows, compile=device != "cpu", lora=lora, **settings)
 
 
 def makers(model: str, adapter: str, rows: int, device: str, attention: str) -> dict[str, Callable[[], Contender]]:
