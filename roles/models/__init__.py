@@ -29,6 +29,9 @@ def load(path: str, *, dtype: str = "float32", device: str = "cpu", native: bool
     Raises:
         ModelError: the folder or name, its weights or its architecture can't be used; says what to do.
     """
+    from rolecall.roles.models.heads import read_heads
     from rolecall.roles.models.loading import load_causal
 
-    return load_causal(path, dtype=dtype, device=device, native=native, pad_vocab=pad_vocab)
+    model = load_causal(path, dtype=dtype, device=device, native=native, pad_vocab=pad_vocab)
+    model.heads = read_heads(path, hidden=model.spec.hidden, dtype=model.dtype, device=model.device)
+    return model

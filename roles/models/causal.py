@@ -8,12 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rolecall.kernels.attention import Where
 from rolecall.protocols.errors import ModelError, WeightsError
 from rolecall.roles.folders import new_folder
+from rolecall.roles.models.heads import Head, HeadSpec, write_heads
 from rolecall.roles.models.spec import ModelSpec
 from torch import Tensor
 
@@ -34,6 +36,7 @@ class CausalModel(ABC):
         longest: slots that a row may have, where the implementation can't do longer ones; 0 for no limit of its own.
         caches: whether `hidden` takes a cache.
         notes: what can't be had with this model and why, a sentence each.
+        heads: beside the model's own, by name; trained and saved with it.
     """
 
     net: torch.nn.Module
@@ -41,6 +44,7 @@ class CausalModel(ABC):
     longest: int = 0
     caches: bool = True
     notes: tuple[str, ...] = ()
+    heads: Mapping[str, Head] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -94,8 +98,26 @@ class CausalModel(ABC):
         return self.net.parameters()
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by the names of `net`, in a fixed order."""
-        return {name: parameter for name, parameter in self.net.named_parameters() if parameter.requires_grad}
+        """What is trained, by the names of `net` and "heads.NAME…" for other heads, in a fixed order."""
+        found = {name: parameter for name, parameter in self.net.named_parameters() if parameter.requires_grad}
+        for name, head in self.heads.items():
+            found |= {f"heads.{name}.{label}": parameter for label, parameter in head.named_parameters()}
+        return found
+
+    def add_head(self, name: str, spec: HeadSpec, *, seed: int = 0) -> Head:
+        """Put a fresh head beside the model's own, in float32 at least; returns it.
+
+        Raises:
+            ModelError: there is one of that name, or the name is no identifier.
+            ConfigError: the spec makes no sense.
+        """
+        if name in self.heads or not name.isidentifier():
+            raise ModelError(
+                "A head needs a name of its own.", ask=repr(name), have=", ".join(self.heads) or "no heads", remedy="give another name"
+            )
+        head = Head(spec, self.spec.hidden, seed=seed).to(torch.promote_types(self.dtype, torch.float32)).to(self.device)
+        self.heads = MappingProxyType({**self.heads, name: head})
+        return head
 
     def check_length(self, tokens: int) -> None:
         """Raise ModelError if a sequence of so many tokens is longer than the model's context."""
@@ -138,4 +160,5 @@ class CausalModel(ABC):
         """Write a new folder that plain transformers loads; returns its path. Raises ModelError if it exists already."""
         with new_folder(folder, ModelError) as aside:
             self.write(aside, tokenizer)
+            write_heads(aside, self.heads)
         return str(folder)

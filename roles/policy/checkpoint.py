@@ -3,7 +3,7 @@
 ```
 config.json, model.safetensors, tokenizer.json, …   plain transformers loads the folder as it is, or, with LoRA,
 adapter_config.json, adapter_model.safetensors, …   peft does
-optimiser.safetensors                               moments of the gradient, master weights
+optimiser.tensors                                   moments of the gradient, master weights
 policy.json                                         version, updates applied
 digests.json                                        sha256 of every other file
 ```
@@ -20,6 +20,7 @@ from rolecall.protocols.errors import ModelError
 from rolecall.roles.folders import new_folder
 from rolecall.roles.models import load
 from rolecall.roles.models.adapters import Adapters, read_tensors
+from rolecall.roles.models.heads import Head, read_heads, write_heads
 from rolecall.roles.models.lora import read_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +28,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from rolecall.roles.policy.training import Training
 
-OPTIMISER, FACTS, DIGESTS = "optimiser.safetensors", "policy.json", "digests.json"
+# The first is in safetensors' format; it is not named so because vLLM reads every *.safetensors of a folder as a part of the model.
+OPTIMISER, FACTS, DIGESTS = "optimiser.tensors", "policy.json", "digests.json"
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +50,7 @@ def write(folder: str | Path, training: Training, facts: Facts) -> None:
             training.adapters.save(aside, training.source)
             training.tokenizer.save_pretrained(str(aside))
             facts = msgspec.structs.replace(facts, base=training.base)
+        write_heads(aside, training.model.heads)
         save_file(training.optimiser.tensors(), aside / OPTIMISER)
         (aside / FACTS).write_bytes(msgspec.json.encode(facts))
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
@@ -97,8 +100,10 @@ def restore(folder: str | Path, training: Training, dtype: str) -> Facts:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_tensors().items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in saved.items()}:
         raise ModelError(f"The checkpoint {folder} is of another model.", remedy="start the policy with the model it was saved from")
+    heads = _saved_heads(folder, training)
     training.optimiser.restore(state, facts.steps)
     model.load_tensors(saved)
+    _take_heads(heads, training)
     training.gradients.clear()
     return facts
 
@@ -117,9 +122,30 @@ def _restore_adapters(folder: str | Path, training: Training, adapters: Adapters
         )
     tensors = read_tensors(folder)
     adapters.check(tensors, str(folder))
+    heads = _saved_heads(folder, training)
     training.optimiser.restore(state, facts.steps)
     adapters.take(tensors)
+    _take_heads(heads, training)
     training.gradients.clear()
+
+
+def _saved_heads(folder: str | Path, training: Training) -> dict[str, Head]:
+    """The heads in a checkpoint. Raises ModelError unless they are the policy's."""
+    model = training.model
+    saved = read_heads(folder, hidden=model.spec.hidden, dtype=model.dtype, device=model.device)
+    if {name: head.spec for name, head in saved.items()} != {name: head.spec for name, head in model.heads.items()}:
+        raise ModelError(
+            f"The checkpoint {folder} has other heads.",
+            ask=", ".join(sorted(model.heads)) or "none",
+            have=", ".join(sorted(saved)) or "none",
+            remedy="start the policy with the heads it was saved with",
+        )
+    return saved
+
+
+def _take_heads(saved: dict[str, Head], training: Training) -> None:
+    for name, head in saved.items():
+        training.model.heads[name].load_state_dict(head.state_dict())
 
 
 def _digest(path: Path) -> str:

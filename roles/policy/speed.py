@@ -45,12 +45,12 @@ class Speed:
         """Of a forward and backward pass over these rows; 0 for a model that runs as its Hugging Face class."""
         if not self._spec.family or not len(part.targets):
             return 0.0
-        used = part.segments >= 0
-        _, first, lengths = np.unique(part.segments[used], return_index=True, return_counts=True)
+        fresh = np.flatnonzero(np.diff(part.segments, prepend=-1))  # where another segment, or room that none uses, begins
+        lengths, used = np.diff(fresh, append=len(part.segments)), part.segments[fresh] >= 0
         return count(
             self._spec,
-            lengths,
-            before=part.positions[used][first],
+            lengths[used],
+            before=part.positions[fresh[used]],
             predicted=len(part.targets),
             trained=self._trained,
             ranks=self._ranks,

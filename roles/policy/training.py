@@ -66,7 +66,7 @@ class Training:
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        named = model.named_parameters() if adapters is None else adapters.parameters()
+        named = model.named_parameters()
         self.model = model
         self.tokenizer = tokenizer
         self.meeting = meeting
