@@ -43,10 +43,12 @@ class ParquetTable:
 
     def __init__(self, files: list[File]) -> None:
         self.files = files
+        self._footers: list[Any] = []
         self._groups: list[tuple[int, int, int, int, int]] = []  # file, row group, rows before it, rows, bytes
         for number, file in enumerate(files):
             before = 0
             footer = _guarded(file, lambda file=file: self._opened(file).metadata)
+            self._footers.append(footer)
             for group in range(footer.num_row_groups):
                 facts = footer.row_group(group)
                 self._groups.append((number, group, before, facts.num_rows, facts.total_byte_size))
@@ -74,19 +76,21 @@ class ParquetTable:
         """
         number, group, before, _, _ = self._groups[piece]
         file, rows = self.files[number], self.chunk(piece, rows, size)
-        batches = _guarded(file, lambda: self._opened(file).iter_batches(batch_size=rows, row_groups=[group], use_threads=False))
+        batches = _guarded(
+            file, lambda: self._opened(file, self._footers[number]).iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
+        )
         for at, batch in islice(enumerate(_even(_guarded_all(file, batches), rows)), skip, None):
             yield ColumnRows(file, before + at * rows, batch)
 
     def close(self) -> None:
         """Files are closed as their readers end."""
 
-    def _opened(self, file: File) -> Any:
+    def _opened(self, file: File, footer: Any = None) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         raw = pa.OSFile(file.path) if file.system is None else pa.PythonFile(file.random(), mode="r")
-        return pq.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False)
+        return pq.ParquetFile(raw, metadata=footer, buffer_size=_BUFFER, pre_buffer=False)
 
 
 class ArrowTable:

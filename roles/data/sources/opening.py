@@ -46,12 +46,13 @@ class File:
         Raises:
             DataError: they can't be read, or the file is shorter than it was when it was listed.
         """
-        want = min(stop, self.size) - start if self.size is not None else None
+        stop = min(stop, self.size) if self.size is not None else stop
+        want = stop - start if self.size is not None else None
         if want is not None and want <= 0:
             return b""
 
         def once() -> bytes:
-            found: bytes = self._local(start, stop) if self.system is None else self.system.cat_file(self.path, start, stop)
+            found: bytes = self._local(start, stop) if self.system is None else self.system.cat_file(self.path, start=start, end=stop)
             if want is not None and len(found) != want:
                 raise OSError(f"{want} bytes from byte {start} on were asked for, {len(found)} came: the file has changed, or was cut off")
             return found

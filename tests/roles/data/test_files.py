@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import tracemalloc
+from itertools import takewhile
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,8 +57,9 @@ def columns(source: Files) -> list[dict]:
     return [record for _, record in source.records(repeats=False)]
 
 
-def streamed(source: Files, count: int) -> list[dict]:
-    found = [raw.columns for raw in Stream(source).at(0, count)]
+def streamed(source: Files) -> list[dict]:
+    """The records of the first epoch, sorted."""
+    found = [raw.columns for raw in takewhile(lambda raw: raw.epoch == 0, Stream(source).at())]
     return sorted(found, key=lambda record: int(record["answer"]))
 
 
@@ -67,10 +69,7 @@ def test_lines_and_tables_compressed_or_not(tmp_path: Path, ending: str, kind: s
     file = tmp_path / f"data{kind}{ending}"
     file.write_bytes(PACKERS[ending](write(expected)))
     assert columns(Files(str(file))) == expected
-    assert (
-        streamed(Files(str(file)), len(expected) if kind == ".jsonl" else 3 * len(expected) + 1)[: len(expected)] == expected
-        or kind == ".csv"
-    )
+    assert streamed(Files(str(file))) == expected
     one = next(iter(Files(str(file)).records(repeats=False)))
     assert one[0] == (f"{file}:1" if kind == ".jsonl" else f"{file}:2")
 
@@ -104,7 +103,7 @@ def test_arrow(tmp_path: Path, kind: str):
             writer.write_table(whole, max_chunksize=64)
     source = Files(str(path))
     assert columns(source) == RECORDS
-    assert streamed(Files(str(path)), 1000) == RECORDS
+    assert streamed(source) == RECORDS
     # as it is read where it can't be mapped
     remote = Files(f"memory://{kind}/data.arrow")
     import fsspec
