@@ -1,9 +1,10 @@
-"""The command line: `rolecall plan`, `model`, `verify`. A run is started by its own script: `python -m rolecall.examples.grpo`."""
+"""The command line: `rolecall plan`, `model`, `data show`, `verify`. A run has a script of its own: `python -m rolecall.examples.grpo`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from cyclopts import App
 from rolecall.protocols.errors import RolecallError
@@ -36,6 +37,39 @@ def model(folder: Path | None = None) -> int:
 
     fetch(folder or FOLDER)
     return 0
+
+
+data = App(name="data", help="Look at data.")
+app.command(data)
+
+
+@data.command(name="show")
+def data_show(
+    source: str,
+    *,
+    model: str,
+    count: int = 3,
+    scan: int = 256,
+    columns: dict[str, str] | None = None,
+    train: Literal["assistant", "last", "all"] = "assistant",
+    plain: bool = False,
+    system: str | None = None,
+) -> int:
+    """Print a few records as the model will see them, with the tokens that are trained in colour, and what becomes of the rest.
+
+    Args:
+        source: path, glob or URL of files, or gym:TASK for a task of reasoning-gym.
+        model: folder or hub name whose tokenizer and chat template are used.
+        count: records to print.
+        scan: records to encode for the counts at the end.
+        columns: names of the columns, where they are others: --columns.prompt question --columns.completion answer.
+        train: what is trained of a conversation: what the assistant says, only its last turn, or all.
+        plain: take prompts and completions that are texts as they are, without the chat template.
+        system: said before every conversation that brings no system message.
+    """
+    from rolecall.roles.data.show import show
+
+    return show(source, model, count=count, scan=scan, columns=columns, train=train, plain=plain, system=system)
 
 
 @app.command

@@ -23,6 +23,11 @@ class Report:
         if place:
             self.first.setdefault((outcome, why), place)
 
+    def merge(self, other: Report) -> None:
+        """Add what another report counted."""
+        self.counts.update(other.counts)
+        self.first = {**other.first, **self.first}
+
     def total(self, outcome: Outcome) -> int:
         """Records of this outcome, whatever the reason."""
         return sum(number for (found, _), number in self.counts.items() if found == outcome)

@@ -130,6 +130,10 @@ class Tokenizer:
             result[number] = pair
         return result
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        return str(self.hf.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def _compare(self, texts: Sequence[str]) -> None:
         """Now and then a text is encoded in both ways: looking words up must give the tokenizer's ids, or it is given up."""
         chosen = [text for number, text in enumerate(texts, start=self._encoded) if number < FIRST or number % EVERY == 0]
@@ -171,7 +175,7 @@ class Tokenizer:
         low, high = 0, len(ids)
         while low < high:
             middle = (low + high) // 2
-            if len(self.hf.decode(ids[:middle], skip_special_tokens=False, clean_up_tokenization_spaces=False)) < len(beginning):
+            if len(self.decode(ids[:middle])) < len(beginning):
                 low = middle + 1
             else:
                 high = middle
