@@ -19,7 +19,7 @@ from rolecall.roles.models.reading import read_into, weight_files
 from rolecall.roles.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-LOST = "no attention kernels for packed rows, no padding of the vocabulary, no LoRA, no compiled blocks"
+LOST = "no attention kernels for packed rows, no padding of the vocabulary, no count of its operations"
 
 log = logging.getLogger("rolecall.models")
 
@@ -44,12 +44,13 @@ def load_causal(path: str, *, dtype: str = "float32", device: str = "cpu", nativ
 
 def read_config(path: str) -> Any:
     """The transformers config of a model. Raises ModelError if it can't be read."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     local = Path(path).expanduser()
     try:
         return AutoConfig.from_pretrained(str(local) if local.is_dir() else path)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"The model {path} can't be loaded: {reason}",
@@ -96,6 +97,21 @@ def check_device(dtype: str, device: str) -> None:
         raise ModelError("An Apple GPU has no float64.", remedy='use dtype="float32", or device="cpu"')
 
 
+def check_sense(path: str, spec: ModelSpec) -> None:
+    """Raise ModelError for a config whose numbers can't be true together."""
+    sizes = ("layers", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "vocab", "max_positions")
+    small = [f"{name}={getattr(spec, name)}" for name in sizes if getattr(spec, name) < 1]
+    wrong = [f"sizes are at least 1, not {', '.join(small)}"] if small else []
+    if not small and spec.heads % spec.kv_heads:
+        wrong.append(f"{spec.heads} query heads are no multiple of {spec.kv_heads} key heads")
+    if spec.head_dim % 2:
+        wrong.append(f"heads of {spec.head_dim} numbers can't be rotated in pairs")
+    if len(spec.windows) != spec.layers:
+        wrong.append(f"layer_types names {len(spec.windows)} layers of {spec.layers}")
+    if wrong:
+        raise ModelError(f"The config of {path} makes no sense: {'; '.join(wrong)}.", remedy="use the config.json that came with the model")
+
+
 def _fallback(path: str, reason: str, *, dtype: torch.dtype, device: str) -> CausalModel:
     """A Hugging Face class, with what can't be had said in the log."""
     model = load_huggingface(path, dtype=dtype, device=device)
@@ -107,6 +123,7 @@ def _fallback(path: str, reason: str, *, dtype: torch.dtype, device: str) -> Cau
 def _load_native(
     path: str, family: Family, spec: ModelSpec, config: Any, *, dtype: torch.dtype, device: str, pad_vocab: int
 ) -> NativeModel:
+    check_sense(path, spec)
     generation = _generation(path)
     spec = dataclasses.replace(spec, stops=stops_of(generation, config))
     try:

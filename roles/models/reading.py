@@ -83,7 +83,7 @@ def read_into(path: str, files: Iterable[Path], wanted: Mapping[str, Tensor], *,
 
 
 def _check_names(path: str, wanted: Iterable[str], there: set[str]) -> None:
-    """Raise ModelError, with the nearest match of each, for names that are missing or unknown."""
+    """Raise ModelError for names that are missing, each with the nearest of those that are there for nothing, or unknown."""
     missing, unknown = sorted(set(wanted) - there), sorted(there - set(wanted))
     if missing:
         pairs = [f"{name}{_nearest(name, unknown)}" for name in missing[:SHOWN]]
@@ -96,8 +96,7 @@ def _check_names(path: str, wanted: Iterable[str], there: set[str]) -> None:
         )
     if unknown:
         raise ModelError(
-            f"The weights of {path} hold {len(unknown)} tensors that a model of its config does not have: "
-            f"{', '.join(name + _nearest(name, wanted) for name in unknown[:SHOWN])}{' …' if len(unknown) > SHOWN else ''}.",
+            f"The weights of {path} hold {len(unknown)} tensors that a model of its config does not have: {_some(unknown)}.",
             remedy="use the config.json that belongs to these weights, or load with native=False, where transformers leaves them aside",
         )
 
