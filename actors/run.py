@@ -70,7 +70,7 @@ class Run:
         self._groups: list[Group] = []
         self._step_started = self._started = time.monotonic()
         self._progress: Progress | None = None
-        self._first = 0  # step that was resumed from
+        self._done = 0  # last step that was taken, here or in the run that is resumed
         self._places: dict[str, Any] = {}  # data group → where it is after this step: states to come, or block and row
         self._restored: dict[str, dict[str, int]] = {}  # data group → where it was
         self._waited: dict[str, float] = {}  # data group → seconds that this step waited for it
@@ -99,49 +99,43 @@ class Run:
         return group
 
     def steps(self, data: Group, count: int, *, prompts: int) -> Iterator[tuple[int, Pending[Prompts]]]:
-        """Steps up to `count`, from 1 or from where a resumed run goes on, each with its prompts, which the data members
-        prepare one step ahead."""
-        numbers = self._numbers(count)
-        ahead = data.any.prompts(prompts)
-        for step in numbers:
-            self._begin(step)
+        """Steps up to `count`, each with its prompts, which the data members prepare one step ahead.
+
+        They begin at 1, or go on where an earlier loop of this run, or the run that is resumed, has come to.
+        """
+        ahead = data.any.prompts(prompts) if self._done < count else None
+        for step in self._numbers(count):
             current = ahead
             if "state" in data.verbs:
                 self._places[data.name] = data.all.state()  # before they prepare what is not of this step
             if step < count:
                 ahead = data.any.prompts(prompts)
-            yield step, current
-        if self._progress is not None:
-            self._progress.close()
+            yield step, current  # type: ignore[misc]  # there is one as long as there are steps
 
     def batches(self, data: Group, count: int, *, rows: int, ahead: int = 0) -> Iterator[tuple[int, Pending[PackedBatch]]]:
-        """Steps up to `count`, from 1 or from where a resumed run goes on, each with its packed rows.
+        """Steps up to `count`, each with its packed rows; numbered as those of `steps`.
 
         The data members make blocks of rows ahead of the training: `ahead` rows beyond the step's, those of three steps without
         it. `data/wait_share` is the part of a step that was spent waiting for them. Where the data ends, so do the steps.
         """
-        numbers = self._numbers(count)
         place = self._restored.get(data.name, {})
         feed = Feed(data, ahead=ahead or 3 * rows, block=place.get("block", 0), row=place.get("row", 0))
-        for step in numbers:
-            self._begin(step)
+        for step in self._numbers(count):
             taken = feed.take(rows, (count - step) * rows)
             if taken is None:
-                break
+                return
             self._waited[data.name] = feed.waited
             self._places[data.name] = (feed.block, feed.row)
             yield step, taken
-        if self._progress is not None:
-            self._progress.close()
 
-    def _numbers(self, count: int) -> range:
-        """The steps to take."""
-        if self._first >= count:
-            raise ConfigError(
-                f"This run ends at step {count}.", ask="to go on", have=f"a checkpoint of step {self._first}", remedy="give more steps"
-            )
-        self._progress = Progress(self.name, count, self._first)
-        return range(self._first + 1, count + 1)
+    def _numbers(self, count: int) -> Iterator[int]:
+        """The steps to take, from where an earlier loop of this run, or the run that is resumed, has come to."""
+        self._progress = Progress(self.name, count, self._done)
+        for step in range(self._done + 1, count + 1):
+            self._begin(step)
+            yield step
+            self._done = step
+        self._progress.close()
 
     def _begin(self, step: int) -> None:
         self._step_started = time.monotonic()
@@ -173,10 +167,10 @@ class Run:
         if self.args.resume:
             place, saved = saving.find(self.args.resume)
             saving.restore(place, saved, groups)
-            self._first = saved.step
+            self._done = saved.step
             self._restored = {name: states[0] for name, states in saved.states.items()}
             print(f"resumed after step {saved.step} of {place}", flush=True)
-        return self._first
+        return self._done
 
     def log(self, step: int, *, samples: Pending[Samples] | None = None, scores: Scores | None = None, **extra: float) -> dict[str, float]:
         """End a step: wait for all open calls, write one line of metrics, show it, now and then save the samples."""

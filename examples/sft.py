@@ -44,6 +44,7 @@ def main(args: Args) -> None:
         run.resume(policy, data)
         rollout.all.load(policy.all.publish())
         before = run.evaluate("before", rollout, reward, questions, measured=policy.split.measure(weigh(held_out), loss=nll))
+        after, checkpoint = before, args.resume
         for step, rows in run.batches(data, args.steps, rows=args.rows):
             policy.split.accumulate(weigh(rows), loss=nll)
             policy.all.update(args.learning_rate)

@@ -1,0 +1,63 @@
+"""SFT, then GRPO from there: a task that a model can't do at all is shown first, and learned from its own answers afterwards.
+
+1) A few worked problems, many times. 2) Fresh ones, each answered several times and compared. Either part can be left out.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta
+from rolecall.actors import Run, RunArgs, launch, pack, weigh
+from rolecall.kernels.advantages import group_advantages
+from rolecall.kernels.losses import clipped_surrogate, nll
+from rolecall.placement import Pool, place, together
+from rolecall.roles import Data, Documents, Policy, ReasoningGym, Reward, Rollout, check_model, ends_with
+
+
+class Args(RunArgs, frozen=True, kw_only=True):
+    model: Annotated[str, Meta(description="Hugging Face folder or hub name")]
+    dtype: Annotated[str, Meta(description="of weights and computation")] = "float32"
+    pools: tuple[Pool, ...] = together("train", "sample", "judge", "data", members=1)
+    worked: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 5}, size=256, seed=1, completion="answer")
+    task: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 5}, size=4000, seed=2)
+    held_out: Annotated[int, Meta(ge=1, description="problems of `task` that accuracy is measured on")] = 256
+    sft_steps: Annotated[int, Meta(ge=0, description="updates on worked problems")] = 100
+    grpo_steps: Annotated[int, Meta(ge=0, description="updates on completions")] = 60
+    rows: Annotated[int, Meta(ge=1, description="rows of 1024 tokens a step, of worked problems")] = 2
+    prompts: Annotated[int, Meta(ge=1, description="problems a step")] = 16
+    group_size: Annotated[int, Meta(ge=2, description="completions a problem, compared with each other")] = 8
+    sft_rate: Annotated[float, Meta(gt=0, description="learning rate of AdamW on worked problems")] = 5e-5
+    grpo_rate: Annotated[float, Meta(gt=0, description="the same, on completions")] = 1e-5
+
+
+def main(args: Args) -> None:
+    check_model(args.model, chat_template=True)
+    with Run(args) as run, place(args.pools, address=args.address, memory=args.memory) as pools:
+        policy = run.spawn(Policy(args.model, dtype=args.dtype), on=pools["train"])
+        rollout = run.spawn(Rollout(args.model, dtype=args.dtype, max_tokens=16), on=pools["sample"])
+        reward = run.spawn(Reward(ends_with), on=pools["judge"])
+        data = run.spawn(Data(args.task, model=args.model, held_out=args.held_out), on=pools["data"], members=1)
+        questions = data.any.held_out(args.held_out)
+        hidden = set(questions.result().texts)  # what is measured is never shown
+        known = [record for _, record in args.worked.records(repeats=False) if record["prompt"] not in hidden]
+        worked = run.spawn(Documents(known, model=args.model), on=pools["data"], name="worked")
+        before = run.evaluate("before", rollout, reward, questions)
+        for step, rows in run.batches(worked, args.sft_steps, rows=args.rows):
+            policy.split.accumulate(weigh(rows), loss=nll)
+            policy.all.update(args.sft_rate)
+            run.log(step)
+        rollout.all.load(policy.all.publish())
+        run.evaluate("shown", rollout, reward, questions)
+        for step, prompts in run.steps(data, args.sft_steps + args.grpo_steps, prompts=args.prompts):
+            samples = rollout.split.generate(prompts, per_prompt=args.group_size)
+            verdicts = reward.split.score(samples).result()
+            advantages = group_advantages(verdicts.values, verdicts.counts, scored=verdicts.scored)
+            policy.split.accumulate(pack(samples, advantages=advantages, keep=verdicts.scored), loss=clipped_surrogate)
+            policy.all.update(args.grpo_rate)
+            rollout.all.load(policy.all.publish())
+            run.log(step, samples=samples, scores=verdicts)
+        after = run.evaluate("after", rollout, reward, questions)
+        run.report(before, after, run.save(args.sft_steps + args.grpo_steps, policy))
+
+
+if __name__ == "__main__":
+    launch(main, Args)
