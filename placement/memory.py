@@ -16,6 +16,8 @@ import msgspec
 from rolecall.placement.pools import nearest
 from rolecall.protocols.errors import ConfigError
 
+RECOMPUTE = ("none", "selective", "full")
+
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of one member of a role, in GB of 10^9 bytes.
@@ -112,6 +114,8 @@ def training(
     shards: int = 1,
     chunk: int = 1024,
     row: int = 0,
+    lora: int = 0,
+    recompute: str = "none",
     reserve: float = 0.0,
     pool: str = "",
 ) -> Estimate:
@@ -119,26 +123,39 @@ def training(
 
     Weights, gradients and optimiser, per parameter: AdamW in float32 is 4 + 4 + 8 = 16 bytes, and so is mixed precision with
     gradients in 16 bits, 2 + 2 + 12 (ZeRO, Rajbhandari et al. 2020, section 3.1); our policy in bfloat16 sums gradients in
-    float32, 2 + 4 + 12. All three are divided by `shards`.
+    float32, 2 + 4 + 12. All three are divided by `shards`. With adapters, gradients and optimiser are of theirs alone.
 
     Activations kept for the backward pass, per token and layer, counted as in Korthikanti et al. 2022 (section 4.1)
     for this family: 5·D (inputs of norms and projections) + 2·H·d + 2·K·d (queries, attention's output, keys, values) + 4·I (gate,
     up, their product and the activation); with `row` > 0, the slots of a row, also 2·H·row for
-    scores and probabilities of an attention that is not fused. On top: logits and their gradient in float32, `chunk` tokens at a time.
+    scores and probabilities of an attention that is not fused. Recomputation keeps less: "selective" not the 4·I, "full" the D of
+    a block's input alone; of one layer at a time all is there again. On top: logits and their gradient in float32, `chunk` tokens
+    at a time.
 
     Args:
         tokens: of one forward/backward pass (row_tokens × rows_per_pass).
         bytes_each: of a weight or an activation. gradient_bytes: of a gradient. state_bytes: of the optimiser, per parameter.
         shards: members among which the model is divided (1 where each holds it whole).
+        lora: rank of adapters on all linears; 0 where all weights are trained.
+        recompute: as of the policy.
+
+    Raises:
+        ConfigError: there is no such recomputation.
     """
+    if recompute not in RECOMPUTE:
+        raise ConfigError("There is no such recomputation.", ask=f"recompute = {recompute!r}", have=", ".join(RECOMPUTE))
     count = shape.parameters / shards / 1e9
+    own = adapters(shape, lora) / shards / 1e9
+    trained = own if lora else count
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layer = 5 * shape.hidden + 2 * query + 2 * key + 4 * shape.intermediate + 2 * shape.heads * row
-    kept = tokens * layer * shape.layers * bytes_each / 1e9
+    layer += 7 * lora
+    remains = {"none": layer, "selective": layer - 4 * shape.intermediate, "full": shape.hidden}[recompute]
+    kept = tokens * (remains * shape.layers + layer - remains) * bytes_each / 1e9
     return Estimate(
-        weights=count * bytes_each,
-        gradients=count * gradient_bytes,
-        optimiser=count * state_bytes,
+        weights=(count + own) * bytes_each,
+        gradients=trained * gradient_bytes,
+        optimiser=trained * state_bytes,
         activations=kept + logits(shape, min(chunk, tokens)) * 2,
         reserve=reserve,
         pool=pool,
@@ -165,6 +182,13 @@ def sampling(
     return Estimate(
         weights=shape.parameters / shards / 1e9 * bytes_each, activations=logits(shape, slots), cache=cache, reserve=reserve, pool=pool
     )
+
+
+def adapters(shape: Shape, rank: int) -> int:
+    """Number of parameters of adapters on all linears of the blocks: rank x (inputs + outputs) each."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = 2 * (shape.hidden + query) + 2 * (shape.hidden + key)
+    return shape.layers * rank * (attention + 3 * (shape.hidden + shape.intermediate))
 
 
 def cache_bytes(shape: Shape, bytes_each: int) -> int:
@@ -205,7 +229,9 @@ def read_memory(tables: Mapping[str, Any]) -> dict[str, Estimate]:
             if key not in known:
                 remedy = f"use {nearest(key, known)!r}" if nearest(key, known) else f"use one of kind, model, {', '.join(known)}"
                 raise ConfigError(f"{where}: unknown key {key!r}.", ask=f"{key} = {value!r}", remedy=remedy)
-            if key != "pool" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            if key == "recompute" and value not in RECOMPUTE:
+                raise ConfigError(f"{where}: no such recomputation.", ask=f"{key} = {value!r}", have=", ".join(RECOMPUTE), remedy="use one")
+            if key not in ("pool", "recompute") and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
                 raise ConfigError(f"{where}: {key} must be a number that is not negative.", ask=f"{key} = {value!r}", remedy="correct it")
         try:
             found[role] = KINDS[kind](read_shape(config), **rest)

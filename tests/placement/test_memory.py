@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from rolecall.placement.memory import Shape, cache_bytes, forward, logits, read_memory, read_shape, sampling, training
+from rolecall.placement.memory import Shape, adapters, cache_bytes, forward, logits, read_memory, read_shape, sampling, training
 from rolecall.protocols.errors import ConfigError
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 80, "vocab_size": 101}
@@ -62,15 +62,36 @@ def test_activations_grow_with_tokens_and_logits_by_chunks():
     assert forward(LLAMA7B, tokens=4096).activations < one.activations / 10
 
 
+def test_adapters_have_gradients_and_moments_alone():
+    """Rank 16 on all linears of Llama-2-7b: peft prints 39,976,960 trainable parameters."""
+    assert adapters(LLAMA7B, 16) == 39_976_960
+    whole, part = (training(LLAMA7B, tokens=1024, bytes_each=2, gradient_bytes=4, state_bytes=12, lora=rank) for rank in (0, 16))
+    assert part.weights == pytest.approx(2 * (LLAMA7B.parameters + 39_976_960) / 1e9)
+    assert (part.gradients, part.optimiser) == (pytest.approx(0.03997696 * 4), pytest.approx(0.03997696 * 12))
+    assert whole.activations < part.activations < 1.01 * whole.activations
+
+
+def test_recomputation_keeps_less():
+    none, selective, full = (training(LLAMA7B, tokens=4096, chunk=1, recompute=how).activations for how in ("none", "selective", "full"))
+    inside = 4096 * 4 * 11008 * 4 / 1e9
+    assert none - selective == pytest.approx(31 * inside)  # that of one layer is there again
+    assert full == pytest.approx((31 * 4096 * 4096 * 4 + none * 1e9 / 32) / 1e9, rel=1e-3)
+    with pytest.raises(ConfigError, match="There is: none, selective, full"):
+        training(LLAMA7B, tokens=1, recompute="some")
+
+
 def test_tables_of_a_config_are_read_strictly(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY}))
     model = str(tmp_path)
     good = read_memory({"policy": {"kind": "training", "model": model, "tokens": 64, "pool": "train"}})
     assert good["policy"].pool == "train"
+    lean = {"kind": "training", "model": model, "tokens": 64, "lora": 8, "recompute": "full"}
+    assert read_memory({"policy": lean})["policy"].device_gb < good["policy"].device_gb
     assert good["policy"].device_gb > 0
     wrong = {
         "'trainning'": {"kind": "trainning", "model": model},
         "'tokens'": {"kind": "training", "model": model, "token": 64},
+        "no such recomputation": {"kind": "training", "model": model, "tokens": 64, "recompute": "fully"},
         "set slots and context": {"kind": "sampling", "model": model, "slots": 4},
         "config.json": {"kind": "training", "model": str(tmp_path / "none"), "tokens": 64},
         "tokens = '64'": {"kind": "training", "model": model, "tokens": "64"},

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from rolecall.kernels.losses import nll
+from rolecall.placement.memory import read_shape, training
 from rolecall.protocols.errors import ModelError
 from rolecall.roles.base import Member
 from rolecall.roles.models import load
@@ -18,6 +22,7 @@ from tiny import tiny_model, tiny_samples
 
 COMPILED = 1e-5  # float32; fused operations round in another order; a share of the largest entry
 NUMBER = 4  # bytes of a float32
+ESTIMATED = 0.75  # of what is kept; the rest are copies in between, which compiled blocks don't keep
 
 
 def batch(seed: int = 0, capacity: int = 64):
@@ -72,6 +77,10 @@ def test_what_is_kept_is_what_is_said(tmp_path) -> None:
     assert full == hidden
     assert none - selective == 4 * inside
     assert none > selective > 5 * hidden
+    shapes = [read_shape(json.loads(Path(folder, "config.json").read_text())) for folder in (small, large)]
+    for how, found in zip(RECOMPUTE, (none, selective, full), strict=True):
+        few, many = (training(shape, tokens=1, recompute=how).activations for shape in shapes)
+        assert ESTIMATED * found <= (many - few) / 4 * 1e9 / NUMBER <= found
 
 
 def test_settings_know_what_there_is() -> None:
