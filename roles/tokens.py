@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rolecall.protocols.errors import ModelError
-from rolecall.roles.models.folder import HUB_NAME, check_tokenizer
+from rolecall.roles.models.folder import HUB_NAME, check_tokenizer, is_gguf, source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a model folder (or of a hub name).
+    """Load the tokenizer in a model folder or GGUF file (or of a hub name).
 
     Raises:
         ModelError: there is none, or it can't be read.
@@ -23,12 +23,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     folder = Path(path).expanduser()
     if folder.is_dir():
         check_tokenizer(folder)
-    elif not HUB_NAME.fullmatch(path):
+    elif not is_gguf(path) and not HUB_NAME.fullmatch(path):
         raise ModelError(f"The model folder {path} is missing.", remedy="give an existing folder, or a hub name of the form owner/name")
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path)
+        name, options = source_of(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(

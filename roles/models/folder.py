@@ -13,6 +13,19 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
+def source_of(path: str) -> tuple[str, dict[str, str]]:
+    """What transformers' `from_pretrained` is called with for a folder, a GGUF file or a hub name: the name, and options."""
+    local = Path(path).expanduser()
+    if is_gguf(path):
+        return str(local.parent), {"gguf_file": local.name}
+    return (str(local) if local.is_dir() else path), {}
+
+
+def is_gguf(path: str) -> bool:
+    """Whether a model is one GGUF file."""
+    return path.endswith(".gguf") and Path(path).expanduser().is_file()
+
+
 def check_model(path: str, *, tokenizer: bool = True, chat_template: bool = False) -> None:
     """Raise ModelError if `path` is a folder that lacks a config, weights, tokenizer or (if asked) a chat template, or is
     neither folder nor hub name.
@@ -21,9 +34,13 @@ def check_model(path: str, *, tokenizer: bool = True, chat_template: bool = Fals
     not exist, a torn file) is told by the members' set-up.
     """
     folder = Path(path).expanduser()
+    if is_gguf(path):
+        return
     if not folder.is_dir():
         if folder.exists():
-            raise ModelError(f"The model {path} is a file.", ask="a folder", remedy="give the folder that holds config.json")
+            raise ModelError(
+                f"The model {path} is a file.", ask="a folder", remedy="give the folder that holds config.json, or a .gguf file"
+            )
         if not HUB_NAME.fullmatch(path):
             raise ModelError(
                 f"The model folder {path} is missing.",

@@ -10,6 +10,7 @@ from rolecall.kernels.attention import Dense, Packed, Where
 from rolecall.protocols.errors import ModelError
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.models.families.common import stops_of, windows_of
+from rolecall.roles.models.folder import source_of
 from rolecall.roles.models.spec import ModelSpec
 from torch import Tensor
 
@@ -100,26 +101,7 @@ def load_huggingface(path: str, *, dtype: torch.dtype, device: str) -> HuggingFa
     Raises:
         ModelError: it can't be loaded, its weights are not whole, or as `examine` says.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    local = Path(path).expanduser()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(local) if local.is_dir() else path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"The model {path} can't be loaded: {reason}",
-            remedy="check that the folder is whole; for a hub name, that it is spelt right and the hub can be reached",
-        ) from error
-    net, report = loaded
+    net, report = from_transformers(path, dtype=dtype)
     wanting = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if wanting:  # transformers only warns, and fills these with random numbers
         raise ModelError(
@@ -128,6 +110,25 @@ def load_huggingface(path: str, *, dtype: torch.dtype, device: str) -> HuggingFa
             remedy="download or save the model again",
         )
     return examine(net.to(device))
+
+
+def from_transformers(path: str, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model as its transformers class, and what loading it reports. Raises ModelError if it can't be loaded."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    name, options = source_of(path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"The model {path} can't be loaded: {reason}",
+            remedy="check that the folder is whole; for a hub name, that it is spelt right and the hub can be reached",
+        ) from error
+    return loaded[0], loaded[1]
 
 
 @torch.no_grad()

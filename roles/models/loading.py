@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from rolecall.protocols.errors import ModelError
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.models.families import FAMILIES, Family
 from rolecall.roles.models.families.common import stops_of
-from rolecall.roles.models.folder import check_model
+from rolecall.roles.models.folder import check_model, is_gguf, source_of
 from rolecall.roles.models.huggingface import load_huggingface
 from rolecall.roles.models.native import NativeModel
-from rolecall.roles.models.reading import read_into, weight_files
+from rolecall.roles.models.reading import read_gguf, read_into, weight_files
 from rolecall.roles.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -47,9 +46,9 @@ def read_config(path: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    local = Path(path).expanduser()
+    name, options = source_of(path)
     try:
-        return AutoConfig.from_pretrained(str(local) if local.is_dir() else path)
+        return AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -124,16 +123,19 @@ def _load_native(
     path: str, family: Family, spec: ModelSpec, config: Any, *, dtype: torch.dtype, device: str, pad_vocab: int
 ) -> NativeModel:
     check_sense(path, spec)
-    generation = _generation(path)
+    generation = None if is_gguf(path) else _generation(path)
     spec = dataclasses.replace(spec, stops=stops_of(generation, config))
     try:
-        files = weight_files(path)
+        files = [] if is_gguf(path) else weight_files(path)
     except OSError as error:
         raise ModelError(
             f"The model {path} can't be loaded: {str(error).strip().splitlines()[0]}",
             remedy="check that the name is spelt right and the hub can be reached",
         ) from error
     model = NativeModel(family, spec, config, generation, dtype=dtype, device=device, pad_vocab=pad_vocab)
+    if is_gguf(path):
+        read_gguf(path, model.named_tensors())
+        return model
     read_into(path, files, model.named_tensors(), ignored=("lm_head.weight",) if spec.tied else ())
     return model
 
@@ -142,8 +144,7 @@ def _generation(path: str) -> Any:
     """The generation config, or None where there is none."""
     from transformers import GenerationConfig
 
-    local = Path(path).expanduser()
     try:
-        return GenerationConfig.from_pretrained(str(local) if local.is_dir() else path)
+        return GenerationConfig.from_pretrained(source_of(path)[0])
     except (OSError, ValueError):
         return None

@@ -82,6 +82,22 @@ def read_into(path: str, files: Iterable[Path], wanted: Mapping[str, Tensor], *,
         )
 
 
+@torch.no_grad()
+def read_gguf(path: str, wanted: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a GGUF file into their places. transformers dequantises them, all at once: the model is held twice.
+
+    Raises:
+        ModelError: the file can't be read, or holds another model than its own description says.
+    """
+    from rolecall.roles.models.huggingface import from_transformers
+
+    net, _ = from_transformers(path, dtype=torch.float32)
+    theirs = dict(net.named_parameters())
+    _check_names(path, wanted.keys(), set(theirs))
+    for name, tensor in wanted.items():
+        tensor.copy_(theirs[name])
+
+
 def _check_names(path: str, wanted: Iterable[str], there: set[str]) -> None:
     """Raise ModelError for names that are missing, each with the nearest of those that are there for nothing, or unknown."""
     missing, unknown = sorted(set(wanted) - there), sorted(there - set(wanted))

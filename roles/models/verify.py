@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rolecall.protocols.errors import ModelError, RolecallError
 from rolecall.roles.models.causal import CausalModel
+from rolecall.roles.models.folder import source_of
 from rolecall.roles.models.loading import DTYPES, check_device, load_causal
 from rolecall.roles.models.verify_traces import Trace, by_transformers, cached, packed, single
 from torch import Tensor
@@ -189,7 +190,8 @@ def _transformers(path: str, dtype: str, device: str, sequences: list[Tensor]) -
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    net: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], experts_implementation="eager").eval().to(device)
+    name, options = source_of(path)
+    net: Any = AutoModelForCausalLM.from_pretrained(name, **options, dtype=DTYPES[dtype], experts_implementation="eager").eval().to(device)
     traces = by_transformers(net, sequences)
     del net
     gc.collect()

