@@ -40,8 +40,9 @@ if ! .venv/bin/python -c 'import sys; from importlib.metadata import version; sy
 fi
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}" VIRTUAL_ENV="$PWD/.venv"
 say "$(grep -c '==' requirements.lock) packages of requirements.lock, with uv"
-# Without dependencies: the lock is complete, and so nothing can bring another torch.
-.venv/bin/uv pip install --quiet --no-deps --python .venv/bin/python -r requirements.lock
+# Without dependencies: the lock is complete, and so nothing can bring another torch. Compiled here, once, because a run starts many
+# processes at a time, each of which would else compile torch for itself.
+.venv/bin/uv pip install --quiet --no-deps --compile-bytecode --python .venv/bin/python -r requirements.lock
 say "Rolecall itself, from this folder"
 .venv/bin/uv pip install --quiet --no-deps --no-build-isolation --python .venv/bin/python -e .
 echo "$key" >"$stamp"
