@@ -1,7 +1,4 @@
-"""SFT, then GRPO from there: a task that a model can't do at all is shown first, and learned from its own answers afterwards.
-
-1) A few worked problems, many times. 2) Fresh ones, each answered several times and compared. Either part can be left out.
-"""
+"""SFT on a few worked problems, then GRPO from there on fresh ones: for tasks that a model can't do at all. Either part can be 0."""
 
 from typing import Annotated
 
@@ -17,12 +14,11 @@ class Args(RunArgs, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face folder or hub name")]
     dtype: Annotated[str, Meta(description="of weights and computation")] = "float32"
     pools: tuple[Pool, ...] = together("train", "sample", "judge", "data", members=1)
-    worked: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 5}, size=256, seed=1, completion="answer")
-    task: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 5}, size=4000, seed=2)
+    worked: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=512, seed=1, completion="answer")
+    task: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=4000, seed=2)
     held_out: Annotated[int, Meta(ge=1, description="problems of `task` that accuracy is measured on")] = 256
     sft_steps: Annotated[int, Meta(ge=0, description="updates on worked problems")] = 100
     grpo_steps: Annotated[int, Meta(ge=0, description="updates on completions")] = 60
-    rows: Annotated[int, Meta(ge=1, description="rows of 1024 tokens a step, of worked problems")] = 2
     prompts: Annotated[int, Meta(ge=1, description="problems a step")] = 16
     group_size: Annotated[int, Meta(ge=2, description="completions a problem, compared with each other")] = 8
     sft_rate: Annotated[float, Meta(gt=0, description="learning rate of AdamW on worked problems")] = 5e-5
@@ -41,7 +37,7 @@ def main(args: Args) -> None:
         known = [record for _, record in args.worked.records(repeats=False) if record["prompt"] not in hidden]
         worked = run.spawn(Documents(known, model=args.model), on=pools["data"], name="worked")
         before = run.evaluate("before", rollout, reward, questions)
-        for step, rows in run.batches(worked, args.sft_steps, rows=args.rows):
+        for step, rows in run.batches(worked, args.sft_steps, rows=2):
             policy.split.accumulate(weigh(rows), loss=nll)
             policy.all.update(args.sft_rate)
             run.log(step)
