@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rolecall.protocols import DataError, check
 from rolecall.roles.base import Member
-from rolecall.roles.data import Data, ReasoningGym
+from rolecall.roles.data import Data, Mix, ReasoningGym, Records
 from rolecall.roles.data.ahead import Ahead
 from tiny import tiny_tokenizer
 
@@ -143,6 +144,57 @@ def test_a_restored_stream_goes_on_exactly(model: str, before: list[int], after:
     finally:
         for role in roles:
             role.close()
+
+
+def test_restarted_with_other_numbers_of_members_every_prompt_is_given_once(make):
+    """Members give unequal numbers of prompts before each of 20 restarts; every member's last prompts may not have been reached."""
+    choose = random.Random(3)
+    whole = dict(read(make(records(13)), 700))
+    found: dict[int, str] = {}
+    states: list[dict[str, int]] = []
+    for _ in range(20):
+        world = choose.randint(1, 4)
+        members = [make(records(13), rank=rank, world=world) for rank in range(world)]
+        for member in members:
+            if states:
+                member.restore(json.loads(json.dumps(states)))
+            for count in (choose.randint(1, 6) for _ in range(choose.randint(0, 3))):
+                part = dict(read(member, count))
+                assert not part.keys() & found.keys(), "a prompt was given twice"
+                found |= part
+        states = [member.state() for member in members]
+        assert all(len(state) <= 40 for state in states)  # what lies behind is forgotten
+        for member in members:
+            member.close()
+    last = make(records(13))
+    last.restore(states)
+    while len(found) < len(range(max(found) + 1)):  # up to where the furthest member was
+        found |= dict(read(last, 1))
+    assert dict(sorted(found.items())) == {key: whole[key] for key in range(max(found) + 1)}
+
+
+def test_prompts_of_a_mix_keep_their_shares_and_what_is_held_out_comes_from_all(make):
+    sums = [{"prompt": f"sum {number}", "answer": "1"} for number in range(60)]
+    texts = [{"question": f"text {number}", "level": number} for number in range(20)]
+    role = make(Mix({"sums": sums, "texts": Records(texts, {"prompt": "question"})}, weights={"sums": 1, "texts": 3}), held_out=16)
+    prompts = role.prompts(80)
+    assert sum(text.startswith("text") for text in prompts.texts) in range(58, 63)
+    assert set(prompts.columns) == {"answer", "level"}
+    held = role.held_out(16).texts
+    assert {text.split()[0] for text in held} == {"sum", "text"}
+    assert not set(held) & set(role.prompts(200).texts)
+    ending = make(Mix({"sums": sums[:9]}, epochs={"sums": 1}))
+    assert len(ending.prompts(5).texts) + len(ending.prompts(5).texts) == 9
+    with pytest.raises(DataError, match=r"The data has ended.*9 positions"):
+        ending.prompts(1)
+
+
+def test_what_became_of_the_prompts_is_reported(make):
+    role = make([{"prompt": "x" * 5}, {"prompt": "x" * 500}, {"prompt": "y" * 5}], max_prompt_tokens=60, too_long="drop", ahead=0)
+    role.prompts(4)
+    said = role.report()
+    assert said["used"] == 4
+    assert said["dropped: too long (first: record 1)"] in (1, 2)
 
 
 def test_a_state_of_other_data_is_refused_and_changes_nothing(make):
