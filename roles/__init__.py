@@ -1,7 +1,7 @@
 """What each role does, as plain classes. Importing this is cheap: no torch, transformers or Ray."""
 
 from rolecall.roles.base import Member, Role
-from rolecall.roles.data import Data, Documents, Files, Mix, ReasoningGym, Records
+from rolecall.roles.data import Data, Documents, Files, Hub, Mix, ReasoningGym, Records
 from rolecall.roles.models import check_model
 from rolecall.roles.models.lora import Lora
 from rolecall.roles.policy import Policy
@@ -13,6 +13,7 @@ __all__ = [
     "Data",
     "Documents",
     "Files",
+    "Hub",
     "Lora",
     "Member",
     "Mix",

@@ -3,7 +3,7 @@
 from rolecall.roles.data.data import Data
 from rolecall.roles.data.documents import Documents
 from rolecall.roles.data.mixing import Mix
-from rolecall.roles.data.sources import Files, ReasoningGym, Records, Source
+from rolecall.roles.data.sources import Files, Hub, ReasoningGym, Records, Source
 from rolecall.roles.data.stream import Raw, Stream
 
-__all__ = ["Data", "Documents", "Files", "Mix", "Raw", "ReasoningGym", "Records", "Source", "Stream"]
+__all__ = ["Data", "Documents", "Files", "Hub", "Mix", "Raw", "ReasoningGym", "Records", "Source", "Stream"]

@@ -121,6 +121,8 @@ class Data(Role):
         parts = {name: _Listed([each for each in self._split.training if each.source == name]) for name in mix.sources}
         mix = msgspec.structs.replace(mix, sources=parts, shuffle=mix.shuffle and self.shuffle)
         self._stream = Stream(mix, member.seed if self.seed is None else self.seed)
+        if not self.repeats and self._split.repeated:
+            self._stream.report.add("noted", "left out: a text that came before", number=self._split.repeated)
         from rolecall.roles.data.templating import Templater
         from rolecall.roles.tokens import identity, load_tokenizer, require_chat_template
 

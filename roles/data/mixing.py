@@ -193,7 +193,8 @@ class Schedule:
         jitter = _mixed(numbers.astype(np.uint64) ^ self._salts[index]) >> np.uint64(12)
         amount = numbers + (jitter.astype(np.float64) + 0.5) / float(1 << 52)
         given = self._given[:, index]
-        return np.where(amount < given[-1], np.interp(amount, given, self._knots), np.inf)
+        times: np.ndarray = np.where(amount < given[-1], np.interp(amount, given, self._knots), np.inf)
+        return times
 
     def _length(self, stop: bool) -> int | None:
         if stop:
@@ -211,7 +212,8 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
         numbers = (numbers + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
         numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return numbers ^ (numbers >> np.uint64(31))
+        mixed: np.ndarray = numbers ^ (numbers >> np.uint64(31))
+        return mixed
 
 
 def _mixed_int(number: int) -> int:

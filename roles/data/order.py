@@ -36,13 +36,14 @@ class _Window:
         self._chunks = chunks
         chunk = np.repeat(np.arange(len(chunks)), [len(each) for each in chunks])
         row = np.concatenate([np.arange(len(each)) for each in chunks]) if chunks else np.zeros(0, np.int64)
-        self.chunk, self.row = (chunk, row) if order is None else (chunk[order], row[order])
+        self.chunk: list[int] = (chunk if order is None else chunk[order]).tolist()
+        self.row: list[int] = (row if order is None else row[order]).tolist()
 
     def __len__(self) -> int:
         return len(self.row)
 
     def decode(self, place: int) -> Found | None:
-        return self._chunks[self.chunk[place]].decode(int(self.row[place]))
+        return self._chunks[self.chunk[place]].decode(self.row[place])
 
 
 _NOTHING = _Window([], None)

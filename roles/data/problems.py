@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rolecall.protocols.errors import DataError
-from rolecall.roles.data.records import Layout, Question, recognise
+from rolecall.roles.data.records import Kind, Layout, Question, recognise
 from rolecall.roles.data.sources import Found
 from rolecall.roles.plain import as_plain
+
+_WANTED: tuple[Kind, ...] = ("question",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def problems_of(records: Iterable[Found], source: str = "", mapping: Mapping[str
     problems = []
     for place, record in records:
         try:
-            layout = layout or recognise(record, mapping, want=("question",))
+            layout = layout or recognise(record, mapping, want=_WANTED)
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
         problems.append(_problem(place, record, layout, source))

@@ -58,8 +58,9 @@ class Stream:
         self.mix.check()
         self.seed, self.report, self.aside = seed, report or Report(), held_out
         self.names = tuple(self.mix.sources)
-        settings = {"window": self.mix.window, "size": self.mix.window_bytes, "together": self.mix.together, "shuffle": self.mix.shuffle}
-        self._walks = [Walk(table_of(self.mix.sources[name], self.report), seed, name, **settings) for name in self.names]
+        shape = {"window": self.mix.window, "size": self.mix.window_bytes, "together": self.mix.together}
+        tables = [table_of(self.mix.sources[name], self.report) for name in self.names]
+        self._walks = [Walk(table, seed, name, shuffle=self.mix.shuffle, **shape) for table, name in zip(tables, self.names, strict=True)]
         totals = [walk.total() for walk in self._walks] if self.mix.needs_totals() else []
         self._schedule = self.mix.schedule(totals, seed)
         self._identity = 0
@@ -88,19 +89,16 @@ class Stream:
 
     def _records(self, places: Iterable[tuple[int, int, int]]) -> Iterator[Raw]:
         """The records at (position, source, number) that there are."""
-        read = 0
-        try:
-            for position, source, number in places:
-                epoch, found = self._walks[source].row(number)
-                if found is None:
-                    continue
-                read += 1
-                if self.aside and self._is_aside(found[1]):
-                    self.report.add("dropped", "held out", place=found[0])
-                    continue
-                yield Raw(position, self.names[source], epoch, *found)
-        finally:
-            self.report.add("read", number=read)
+        counts = self.report.counts
+        for position, source, number in places:
+            epoch, found = self._walks[source].row(number)
+            if found is None:
+                continue
+            counts["read", ""] += 1
+            if self.aside and self._is_aside(found[1]):
+                self.report.add("dropped", "held out")
+                continue
+            yield Raw(position, self.names[source], epoch, *found)
 
     def held_out(self, count: int) -> list[Raw]:
         """The first `count` records that are held out, in the order of the sources; their positions are -1, -2, …

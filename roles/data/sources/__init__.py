@@ -4,11 +4,13 @@ from rolecall.roles.data.sources.base import Found, Rows, Source, Streamed, Tabl
 from rolecall.roles.data.sources.files import Files
 from rolecall.roles.data.sources.given import mapping_of, source_of, table_of
 from rolecall.roles.data.sources.gym import ReasoningGym
+from rolecall.roles.data.sources.hub import Hub
 from rolecall.roles.data.sources.listed import Memory, Records
 
 __all__ = [
     "Files",
     "Found",
+    "Hub",
     "Memory",
     "ReasoningGym",
     "Records",

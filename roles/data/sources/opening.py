@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,13 @@ class File:
             file.seek(start)
             return file.read(stop - start)
 
-    def _try(self, once: Any) -> bytes:
+    def _try(self, once: Callable[[], bytes]) -> bytes:
         if self.system is not None:
             return self.patience.call(once, self.url)
         try:
-            found: bytes = once()
+            return once()
         except OSError as error:
             raise unreadable(self.url, error) from error
-        return found
 
 
 class _Whole:
