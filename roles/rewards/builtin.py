@@ -40,6 +40,11 @@ def ends_with(prompt: str, completion: str, answer: str | float, **_: Any) -> fl
     return float(bool(truth) and said.endswith(truth) and not (truth[0].isalnum() and before[-1:].isalnum()))
 
 
+# metadata that a task's scorer compares with tuples of tuples: they were such, but columns travel as plain data, which has only
+# lists. These are all: the scorers of reasoning-gym's other tasks don't mind (tests/roles/test_rewards_gym.py)
+_GRIDS = {"arc_agi": ("output",), "rearc": ("output",)}
+
+
 def _last(text: str) -> Decimal | None:
     """The last number in a text."""
     found = _NUMBER.findall(text)
@@ -56,6 +61,8 @@ def reasoning_gym_score(prompt: str, completion: str, answer: str, metadata: dic
     gym = _reasoning_gym()
     given = gym.utils.extract_answer(completion)
     score = gym.get_score_answer_fn(metadata["source_dataset"])
+    grids = {name: tuple(map(tuple, metadata[name])) for name in _GRIDS.get(metadata["source_dataset"], ()) if name in metadata}
+    metadata = {**metadata, **grids}
     entry = {"question": prompt, "answer": answer, "metadata": metadata}
     return float(score(completion.strip() if given is None else given, entry))
 
