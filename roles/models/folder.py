@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from functools import cache
 from pathlib import Path
 
 from rolecall.protocols.errors import ModelError
+from rolecall.roles.models.families import FAMILIES
 
+LOST = "no attention kernels for packed rows, no padding of the vocabulary, no count of its operations"  # as a Hugging Face class
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # nothing that is pickled
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+
+log = logging.getLogger("rolecall.models")
 
 
 def source_of(path: str) -> tuple[str, dict[str, str]]:
@@ -59,6 +65,7 @@ def check_model(path: str, *, tokenizer: bool = True, chat_template: bool = Fals
             have=have,
             remedy="finish the download, or save the model into it with save_pretrained (pickled .bin files are not read)",
         )
+    tell_fallback(path)
     if tokenizer or chat_template:
         check_tokenizer(folder)
     if chat_template and not _has_template(folder):
@@ -66,6 +73,17 @@ def check_model(path: str, *, tokenizer: bool = True, chat_template: bool = Fals
             f"The tokenizer of {path} has no chat template, so there is no telling where a prompt ends.",
             remedy="use an instruction-tuned model, or put the template into the model folder as chat_template.jinja",
         )
+
+
+@cache
+def tell_fallback(path: str) -> None:
+    """Log, once in a process, that the model in a folder is of a family without a definition here, and what that costs."""
+    try:
+        kind = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return  # loading says what is wrong
+    if kind not in FAMILIES:
+        log.warning("%s is a %r model, which has no definition here: it runs as its Hugging Face class. So there is %s.", path, kind, LOST)
 
 
 def _has_template(folder: Path) -> bool:

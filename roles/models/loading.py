@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any
 
 import torch
@@ -11,16 +10,13 @@ from rolecall.protocols.errors import ModelError
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.models.families import FAMILIES, Family
 from rolecall.roles.models.families.common import stops_of
-from rolecall.roles.models.folder import check_model, is_gguf, source_of
+from rolecall.roles.models.folder import LOST, check_model, is_gguf, log, source_of
 from rolecall.roles.models.huggingface import load_huggingface
 from rolecall.roles.models.native import NativeModel
 from rolecall.roles.models.reading import read_gguf, read_into, weight_files
 from rolecall.roles.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-LOST = "no attention kernels for packed rows, no padding of the vocabulary, no count of its operations"
-
-log = logging.getLogger("rolecall.models")
 
 
 def load_causal(path: str, *, dtype: str = "float32", device: str = "cpu", native: bool | None = None, pad_vocab: int = 64) -> CausalModel:

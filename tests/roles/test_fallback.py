@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,7 @@ def test_packed_logits_are_those_of_each_sequence_alone(kind: str, tmp_path: Pat
         theirs = model.net(input_ids=tokens[:, slots], use_cache=False).logits[0]
         torch.testing.assert_close(ours[slots], theirs, rtol=0, atol=LOGITS)
     assert "no family" in caplog.text
+    assert "which has no definition here" in caplog.text
     assert any("one by one" in note for note in model.notes) is (kind in ONE_BY_ONE)
     assert model.packs is (kind not in ONE_BY_ONE)
 
@@ -92,6 +95,14 @@ def test_sliding_windows_of_a_fallback_limit_its_rows(tmp_path: Path) -> None:
     positions = torch.arange(9)[None]
     with pytest.raises(ModelError, match=r"longer than the sliding window"):
         model.hidden(positions, positions, Packed(positions * 0, torch.tensor([-1]), positions))
+
+
+def test_the_controller_is_told_before_anything_starts(tmp_path: Path) -> None:
+    folder = folder_of("Cohere", tmp_path)
+    code = f"import sys; from rolecall.roles.policy import Policy; Policy({folder!r}).check(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "False\n"
+    assert done.stderr.count("is a 'cohere' model, which has no definition here: it runs as its Hugging Face class.") == 1
 
 
 def test_native_alone_can_be_asked_for(tmp_path: Path) -> None:
