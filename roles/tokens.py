@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rolecall.protocols.errors import ModelError
+from rolecall.protocols.errors import DataError, ModelError
 from rolecall.roles.models.folder import HUB_NAME, check_tokenizer, is_gguf, source_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,10 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash (32 hexadecimal digits) of vocabulary, merges, added tokens and template: equal means that texts get equal ids."""
+    """Hash (32 hexadecimal digits) of vocabulary, rules, added and special tokens and template.
+
+    Equal means that texts and conversations get equal ids, and that the same tokens begin, end and fill a text.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
@@ -66,6 +69,30 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
         rules.pop("padding", None)
     else:
         added = sorted((number, token.content, token.special) for number, token in tokenizer.added_tokens_decoder.items())
-        rules = {"vocab": sorted(tokenizer.get_vocab().items()), "added": added}
-    whole = json.dumps([rules, getattr(tokenizer, "chat_template", None)], sort_keys=True, separators=(",", ":"))
+        pieces = getattr(tokenizer, "sp_model", None)  # SentencePiece: the model says how texts are cut, not the vocabulary alone
+        model = hashlib.sha256(pieces.serialized_model_proto()).hexdigest() if pieces is not None else ""
+        rules = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items()), "added": added, "model": model}
+    facts = [rules, getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map]
+    whole = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def check_identity(given: str, own: str, what: str, model: str) -> None:
+    """Refuse tokens of another tokenizer than a role's own.
+
+    Args:
+        given: identity that came with the tokens; "" where it isn't known, which is let pass.
+        own: the role's.
+        what: was made: "prompts", "rows".
+        model: of the role.
+
+    Raises:
+        DataError: they differ.
+    """
+    if given and given != own:
+        raise DataError(
+            f"The {what} were made with another tokenizer.",
+            ask=f"tokenizer {given}",
+            have=f"tokenizer {own} of {model}",
+            remedy="give the roles that make tokens and those that read them the same model",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from rolecall.protocols.errors import ConfigError
 from rolecall.roles.data.spans import Span, Spans
 from rolecall.roles.data.turns import Template
 from rolecall.roles.data.words import Words
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIRST, EVERY = 32, 997  # texts that are encoded in both ways: the first ones, then every so-manieth
+_MARK = re.compile(r"<[|｜]\S+[|｜]>|\[/?[A-Z_]+\]")
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 
@@ -33,8 +36,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.hf = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._fast: Any = backend if getattr(tokenizer, "is_fast", False) else None
+        self._fast: Any = _own(tokenizer.backend_tokenizer) if getattr(tokenizer, "is_fast", False) else None
         self._words = None if self._fast is None else Words.of(self._fast)
         self._encoded = 0  # texts so far
         self._templates: dict[str, Spans] = {}
@@ -75,7 +77,10 @@ class Tokenizer:
     @cached_property
     def added(self) -> tuple[str, ...]:
         """Added tokens, special or not: <|im_end|>, <think>, …"""
-        return tuple(token.content for _, token in sorted(self.hf.added_tokens_decoder.items()))
+        found = [token.content for _, token in sorted(self.hf.added_tokens_decoder.items())]
+        if self._fast is None:  # SentencePiece models may hold such words among the others
+            found += [word for word in self.hf.get_vocab() if _MARK.fullmatch(word)]
+        return tuple(dict.fromkeys(found))
 
     @cached_property
     def stops(self) -> tuple[str, ...]:
@@ -180,6 +185,30 @@ class Tokenizer:
             else:
                 high = middle
         return low
+
+
+def _own(backend: Any) -> Any:
+    """A copy that neither cuts nor fills texts: a tokenizer's file, or somebody's last call, may have set it to."""
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def semantic_ids(sizes: Sequence[int], form: str = "<|{level}_{code}|>") -> list[str]:
+    """Words for semantic ids: items described by one code a level, as recommenders do. To be added by `extend_model`.
+
+    Args:
+        sizes: codes of each level: [256, 256, 256].
+        form: of a word, with {level} and {code}, both from 0; it must begin with < and end with >, so that texts don't hold it.
+
+    Raises:
+        ConfigError: the form gives two codes the same word, or a word that stands in usual texts.
+    """
+    words = [form.format(level=level, code=code) for level, size in enumerate(sizes) for code in range(size)]
+    if len(set(words)) < len(words) or any(not (word.startswith("<") and word.endswith(">")) or " " in word for word in words):
+        raise ConfigError("These words can't be those of semantic ids.", ask=repr(form), remedy='give a form such as "<|{level}_{code}|>"')
+    return words
 
 
 def _token_at(encoding: Any, position: int, text: str) -> int:

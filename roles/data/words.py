@@ -33,6 +33,8 @@ _TRICKY = (
 )
 
 
+MANY = 64  # added tokens from which on they are not looked for one by one
+_BRACKETS = re.compile(r"<[^<>\s]+>")
 _UNEVEN = ("  ", "\n ", " \n", "\t", "\r", "\v", "\f")
 
 
@@ -69,7 +71,7 @@ class Words:
 
     def __init__(self, backend: Backend, added: Sequence[str]) -> None:
         self._backend = backend
-        self._added = re.compile("(" + "|".join(re.escape(each) for each in sorted(added, key=len, reverse=True)) + ")") if added else None
+        self._added, self._marks = _finder(added), frozenset(added)
         self._tokens: Int32 = np.zeros(1 << 16, np.int32)  # of all parts, end to end
         self._starts: Int64 = np.zeros(1 << 14, np.int64)
         self._lengths: Int64 = np.zeros(1 << 14, np.int64)
@@ -87,11 +89,9 @@ class Words:
         """For a byte-level BPE tokenizer whose added tokens stand for themselves; else None."""
         rules = json.loads(backend.to_str())
         added = [token for token in rules.get("added_tokens") or [] if token["content"]]
-        plain = not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
         normal = rules.get("normalizer")
         normalises = normal is not None and (normal.get("type"), normal.get("normalizers")) != ("Sequence", [])
-        alike = len({token["normalized"] for token in added}) < 2 and not (normalises and any(token["normalized"] for token in added))
-        if not (plain and alike and _is_byte_level(rules) and (not normalises or normal.get("type") == "NFC")):
+        if not _is_byte_level(rules) or (normalises and normal.get("type") != "NFC") or not _can_be_found(added, normalises):
             return None
         words = cls(backend, [token["content"] for token in added])
         marks = [token["content"] for token in added[:3]]
@@ -136,7 +136,7 @@ class Words:
         """Append the parts of a text to `units`; the number of units before each cut, or None where one may not be made."""
         places: list[int] = []
         position = done = 0  # characters before this piece, cuts before it
-        for number, piece in enumerate([text] if self._added is None else self._added.split(text)):
+        for number, piece in enumerate(self._pieces(text)):
             end, begin = position + len(piece), 0
             while done < len(cuts) and cuts[done] < end:
                 cut = cuts[done] - position
@@ -153,6 +153,21 @@ class Words:
                 self._split(piece[begin:] if begin else piece, units)
             position = end
         return places + [len(units)] * (len(cuts) - done)
+
+    def _pieces(self, text: str) -> list[str]:
+        """What stands between added tokens, with the tokens themselves at odd places."""
+        if self._added is None:
+            return [text]
+        pieces = self._added.split(text)
+        if self._marks.issuperset(pieces[1::2]):
+            return pieces
+        kept = pieces[:1]  # some only look like added tokens
+        for mark, after in zip(pieces[1::2], pieces[2::2], strict=True):
+            if mark in self._marks:
+                kept += [mark, after]
+            else:
+                kept[-1] += mark + after
+        return kept
 
     def _may_cut(self, text: str, place: int) -> bool:
         """Whether the parts before and after a place can be encoded apart: it follows a line break, and no blank comes next.
@@ -199,6 +214,26 @@ class Words:
         self._used = 0
         self._first = _Known(self._waiting, self._count, "")  # parts at the start of a piece, and added tokens
         self._rest = _Known(self._waiting, self._count, " ")  # parts after a blank, without it
+
+
+def _can_be_found(added: list[dict[str, Any]], normalises: bool) -> bool:
+    """Whether one search finds added tokens as the tokenizer does, which looks for those of normalised text after the others."""
+    if any(token["lstrip"] or token["rstrip"] or token["single_word"] or (normalises and token["normalized"]) for token in added):
+        return False
+    others = [token for token in added if not _BRACKETS.fullmatch(token["content"])]  # two of the form <…> never overlap
+    apart = not any("<" in token["content"] or ">" in token["content"] for token in others)
+    if len({token["normalized"] for token in added}) > 1 and not (apart and len({token["normalized"] for token in others}) < 2):
+        return False
+    return apart or len(added) <= MANY
+
+
+def _finder(added: Sequence[str]) -> re.Pattern[str] | None:
+    """What finds added tokens, or may be one. Thousands of them (semantic ids) are found by the form <…> that they share."""
+    words = sorted(added, key=len, reverse=True)
+    alike = [word for word in words if _BRACKETS.fullmatch(word)] if len(words) > MANY else []
+    others = [re.escape(word) for word in words if word not in set(alike)]
+    patterns = ([_BRACKETS.pattern] if alike else []) + others
+    return re.compile(f"({'|'.join(patterns)})") if patterns else None
 
 
 def _hide(run: re.Match[str]) -> str:

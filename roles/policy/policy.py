@@ -121,7 +121,7 @@ class Policy(Role):
         from rolecall.roles.policy.distributed import Meeting
         from rolecall.roles.policy.memory import keep_freed_memory
         from rolecall.roles.policy.training import Training, prepare
-        from rolecall.roles.tokens import load_tokenizer
+        from rolecall.roles.tokens import identity, load_tokenizer
 
         if member.device == "cpu":
             torch.set_num_threads(member.threads)
@@ -129,6 +129,7 @@ class Policy(Role):
         net = load(self.model, dtype=self.dtype, device=member.device)
         adapters = prepare(net, lora=self.lora, recomputed=self.recompute, compiled=self.compile)
         tokenizer = load_tokenizer(self.model)  # goes into every checkpoint
+        self._identity = identity(tokenizer)
         meeting = Meeting(member, self.deadline)
         self._training = Training(net, tokenizer, meeting, adapters, source=self.model, betas=self.betas, weight_decay=self.weight_decay)
 
@@ -144,7 +145,9 @@ class Policy(Role):
 
         Raises:
             UserError: the loss returns another shape. After any error the gradients are 0, those of earlier calls too.
+            DataError: the rows were made with another tokenizer; then nothing has changed.
         """
+        self._check_tokens(batch)
         return Metrics(sums=self._ready().accumulate(batch, loss, self.rows_per_pass))
 
     def measure(self, batch: PackedBatch, loss: Callable[..., Any], word: str = "held_out") -> Metrics:
@@ -155,8 +158,15 @@ class Policy(Role):
             loss: as for `accumulate`.
             word: of this measurement.
         """
+        self._check_tokens(batch)
         found = self._ready().measure(batch, loss, self.rows_per_pass)
         return Metrics(sums={f"{word}_{name}": each for name, each in found.items()})
+
+    def _check_tokens(self, batch: PackedBatch) -> None:
+        from rolecall.roles.tokens import check_identity
+
+        self._ready()
+        check_identity(batch.tokenizer, self._identity, "rows", self.model)
 
     def update(self, learning_rate: float) -> int:
         """Step the optimiser with the gradients of all members; every member must be called.

@@ -136,14 +136,9 @@ class Rollout(Role):
     def _requests(self, prompts: Prompts, per_prompt: int, limit: int) -> list[Request]:
         """What the engine is to do, after all prompts were looked at."""
         from rolecall.roles.rollout.engine import Request
+        from rolecall.roles.tokens import check_identity
 
-        if prompts.tokenizer and prompts.tokenizer != self._identity:
-            raise DataError(
-                "The prompts were made with another tokenizer.",
-                ask=f"tokenizer {prompts.tokenizer}",
-                have=f"tokenizer {self._identity} of {self.model}",
-                remedy="give Data and Rollout the same model",
-            )
+        check_identity(prompts.tokenizer, self._identity, "prompts", self.model)
         vocabulary, requests = self._model.spec.vocab, []
         for number, (key, name) in enumerate(zip(prompts.keys.tolist(), prompts.ids, strict=True)):
             tokens = prompts.tokens[prompts.cu_seqlens[number] : prompts.cu_seqlens[number + 1]]
