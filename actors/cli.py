@@ -51,7 +51,7 @@ def data_show(
     count: int = 3,
     scan: int = 256,
     columns: dict[str, str] | None = None,
-    train: Literal["assistant", "last", "all"] = "assistant",
+    train: Literal["assistant", "last", "each", "all"] = "assistant",
     plain: bool = False,
     system: str | None = None,
 ) -> int:
@@ -63,7 +63,7 @@ def data_show(
         count: records to print.
         scan: records to encode for the counts at the end.
         columns: names of the columns, where they are others: --columns.prompt question --columns.completion answer.
-        train: what is trained of a conversation: what the assistant says, only its last turn, or all.
+        train: what is trained of a conversation: what the assistant says, only its last turn, each turn in a record of its own, or all.
         plain: take prompts and completions that are texts as they are, without the chat template.
         system: said before every conversation that brings no system message.
     """

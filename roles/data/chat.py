@@ -17,6 +17,7 @@ Tools = tuple[dict[str, Any], ...]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ROLES |= {"observation": "tool", "function_response": "tool", "tool_response": "tool"}
 _CALLS = ("function_call", "tool_call")  # ShareGPT's "from" of a turn that is a call
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what templates call what the assistant thinks
 _WHO, _WHAT = ("role", "from", "speaker"), ("content", "value", "text")
 
 
@@ -131,7 +132,10 @@ def _message(given: dict[str, Any], place: str, tools: Tools | None) -> dict[str
     if role in _CALLS:
         role, content, more["tool_calls"] = "assistant", "", _from_json(content, place, "value") if isinstance(content, str) else content
     calls = _calls(more.pop("tool_calls", None), place, tools)
-    if content is None and not calls and not any(isinstance(more.get(name), str) for name in ("reasoning_content", "thinking")):
+    thought = next((more[name] for name in THOUGHTS if isinstance(more.get(name), str) and more[name]), None)
+    if thought is not None:
+        more |= dict.fromkeys(THOUGHTS, thought)  # whichever name the template knows
+    if content is None and not calls and thought is None:
         raise DataError(
             f"{place}: it has no content.", have=", ".join(map(str, given)), remedy='give it a "content"', why="a message without content"
         )

@@ -12,7 +12,7 @@ import xxhash
 from rolecall.protocols.errors import ConfigError, DataError
 from rolecall.protocols.messages import PackedBatch, Prompts
 from rolecall.roles.base import Member, Role
-from rolecall.roles.data.encode import Encoded, Encoder, Pair
+from rolecall.roles.data.encode import TRAIN, Encoded, Encoder, Pair, Train
 from rolecall.roles.data.mixing import Mix
 from rolecall.roles.data.packer import TOO_LONG, TooLong, attention_share, pack_block
 from rolecall.roles.data.records import Completion, Conversation, Layout, Question, Record, recognise
@@ -44,7 +44,8 @@ class Documents(Role):
         too_long: what to do with a record that doesn't fit a row: "cut", "split", "drop" or "refuse" it (roles/data/packer.py).
         unusable: what to do with a record that has no trained token, or that the template does not take: "drop" it (it is
             counted, and `report` says why and where), or "refuse" the data.
-        train: what is trained of a conversation: what the assistant says ("assistant"), only its last turn ("last"), or all.
+        train: what is trained of a conversation: what the assistant says ("assistant"), only its last turn ("last"), each turn in
+            a record of its own ("each"), or all.
         plain: take prompts and completions that are texts as they are, without the chat template.
         system: said before every conversation that brings no system message.
         suffix: appended to the prompts of `questions`.
@@ -63,7 +64,7 @@ class Documents(Role):
         seed: int | None = None,
         too_long: TooLong = "cut",
         unusable: Literal["refuse", "drop"] = "drop",
-        train: Literal["assistant", "last", "all"] = "assistant",
+        train: Train = "assistant",
         plain: bool = False,
         system: str | None = None,
         suffix: str = "",
@@ -92,7 +93,7 @@ class Documents(Role):
         for name, value, allowed in (
             ("too_long", self.too_long, TOO_LONG),
             ("unusable", self.unusable, ("refuse", "drop")),
-            ("train", self.train, ("assistant", "last", "all")),
+            ("train", self.train, TRAIN),
         ):
             if value not in allowed:
                 raise ConfigError(f"The data has no {name} {value!r}.", have=", ".join(allowed), remedy="choose one of these")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from rolecall.protocols.errors import DataError
-from rolecall.roles.data.chat import Messages
+from rolecall.roles.data.chat import THOUGHTS, Messages
 from rolecall.roles.data.records import Completion, Conversation, Preference, Question, Record, Text, Words
 from rolecall.roles.data.report import Report, reason
 from rolecall.roles.data.spans import Span
@@ -17,6 +17,8 @@ from rolecall.roles.data.tokenizer import Bool, Int32, Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Train = Literal["assistant", "last", "each", "all"]
+TRAIN: tuple[Train, ...] = ("assistant", "last", "each", "all")
 _Chat = Conversation | Completion | Preference
 
 
@@ -51,7 +53,9 @@ class Encoder:
 
     Args:
         tokenizer: of the model; AutoTokenizer's, or ours.
-        train: what is trained of a conversation: what the assistant says ("assistant"), only its last turn ("last"), or all.
+        train: what is trained of a conversation: what the assistant says ("assistant"), only its last turn ("last"), each turn in
+            a record of its own ("each": where a template takes the thinking out of earlier turns, every turn is then trained as it
+            was sampled), or the whole text ("all").
         plain: take prompts and completions that are texts as they are; False puts them into the chat template as messages of the
             user and the assistant.
         suffix: appended to the last message of every prompt of a question.
@@ -62,7 +66,7 @@ class Encoder:
         self,
         tokenizer: PreTrainedTokenizerBase | Tokenizer,
         *,
-        train: Literal["assistant", "last", "all"] = "assistant",
+        train: Train = "assistant",
         plain: bool = False,
         suffix: str = "",
         system: str | None = None,
@@ -71,7 +75,7 @@ class Encoder:
         self.train, self.plain, self.suffix, self.system = train, plain, suffix, system
 
     def encode(self, record: Record) -> Encoded | Pair:
-        """The tokens of one record.
+        """The tokens of one record (of its first turn, where each is a record of its own).
 
         Raises:
             DataError: the template refuses it, or no token of it is trained; it says where the record is from.
@@ -108,9 +112,13 @@ class Encoder:
             sides = [self._finished(record, draft, *done[number + place]) for place, draft in enumerate(own)]
             number += len(own)
             try:
-                found.append(_whole(record, sides))
+                wholes = [_whole(record, [side]) for side in sides] if isinstance(record, Conversation) else [_whole(record, sides)]
             except DataError as error:
                 _drop(report, error, record.place)
+                continue
+            found += wholes
+            if report is not None:
+                _note(report, record, own)
         return found
 
     def _drafts(self, record: Record) -> tuple[_Draft, ...]:
@@ -118,7 +126,11 @@ class Encoder:
         if isinstance(record, Text):
             return (_Draft(record.text, [(0, len(record.text))], True, True),)
         if isinstance(record, Conversation):
-            return (self._templated(record, record.messages, self.train),)
+            train, turns = self.train, [len(record.messages)]
+            if train == "each":
+                said = [number for number, each in enumerate(record.messages, start=1) if each["role"] == "assistant"]
+                train, turns = "last", [number for number in said if record.messages[number - 1].get("weight", 1) != 0] or turns
+            return tuple(self._templated(record, record.messages[:turn], train) for turn in turns)
         if isinstance(record, Question):
             return (self._question(record),)
         answers = (record.completion,) if isinstance(record, Completion) else (record.chosen, record.rejected)
@@ -142,11 +154,11 @@ class Encoder:
         rendered = spans.render(messages, record.tools, prompt=True, options=record.options, place=record.place)
         return _Draft(rendered.text, [], False, False)
 
-    def _templated(self, record: _Chat, messages: Messages, train: Literal["assistant", "last", "all"]) -> _Draft:
+    def _templated(self, record: _Chat, messages: Messages, train: Train) -> _Draft:
         spans = self.tokenizer.spans(record.tools is not None)
         messages = self._with_system(messages)
         rendered, own = spans.find(messages, record.tools, train=train, options=record.options, place=record.place)
-        return _Draft(rendered.text, own, False, False)
+        return _Draft(rendered.text, own, False, False, _forgets(messages, rendered.text))
 
     def _with_system(self, messages: Messages) -> Messages:
         if self.system is None or messages[0]["role"] in ("system", "developer"):
@@ -167,6 +179,7 @@ class _Draft(NamedTuple):
     spans: list[Span]
     special: bool  # the tokenizer adds what begins a text
     ends: bool  # the end of text is added and trained
+    forgets: bool = False  # the template left out what the assistant thought
 
 
 def _said(role: str, words: Words) -> Messages:
@@ -196,6 +209,22 @@ def _whole(record: Record, sides: list[Encoded]) -> Encoded | Pair:
     length = min(len(chosen), len(rejected))
     same = (chosen.tokens[:length] == rejected.tokens[:length]) & ~chosen.trained[:length] & ~rejected.trained[:length]
     return Pair(chosen, rejected, int(np.argmin(same)) if not same.all() else length)
+
+
+def _forgets(messages: Messages, text: str) -> bool:
+    """Whether a template left thinking out, of earlier turns or of all of them."""
+    for message in messages:
+        thought = message.get(THOUGHTS[0]) or message["content"].rpartition("</think>")[0].partition("<think>")[2]
+        if message["role"] == "assistant" and isinstance(thought, str) and thought.strip() and thought.strip() not in text:
+            return True
+    return False
+
+
+def _note(report: Report, record: Record, drafts: tuple[_Draft, ...]) -> None:
+    if any(draft.forgets for draft in drafts):
+        report.add("noted", "thinking that the template leaves out", place=record.place)
+    if isinstance(record, Conversation) and len(drafts) > 1:
+        report.add("split", "a record for each turn", place=record.place)
 
 
 def _drop(report: Report | None, error: DataError, place: str) -> None:

@@ -32,7 +32,7 @@ def show(
     count: int = 3,
     scan: int = 256,
     columns: Mapping[str, str] | None = None,
-    train: Literal["assistant", "last", "all"] = "assistant",
+    train: Literal["assistant", "last", "each", "all"] = "assistant",
     plain: bool = False,
     system: str | None = None,
     console: Console | None = None,

@@ -117,6 +117,32 @@ def test_the_last_turn_alone_or_everything(name: str):
     assert not whole.trained[0]  # nothing comes before it
 
 
+def test_each_turn_as_it_was_sampled():
+    """Qwen3 takes thinking out of earlier turns: with a record for each turn, all of it is trained."""
+    report = Report()
+    record = Conversation(messages=THOUGHT, place="t:1")
+    words = tokenizer("qwen3")
+    found = Encoder(words, train="each").encode_all([record], report)
+    assert [said(each.tokens, each.trained, words) for each in found] == [
+        ["<think>\nearly thought\n</think>\n\nFirst answer.<|im_end|>"],
+        ["<think>\nlate thought\n</think>\n\nSecond answer.<|im_end|>"],
+    ]
+    assert report.counts == {("split", "a record for each turn"): 1, ("noted", "thinking that the template leaves out"): 1}
+    muted = Conversation(messages=tuple(message | {"weight": 0} if message["role"] == "assistant" else message for message in TALK))
+    with pytest.raises(DataError, match="no token of the record is trained"):
+        Encoder(words, train="each").encode(muted)
+
+
+def test_thinking_that_is_left_out_is_noted():
+    for name, left_out in (("qwen3", True), ("chatml", True), ("thinking", True)):
+        report = Report()
+        Encoder(tokenizer(name)).encode_all([Conversation(messages=THOUGHT, place="t:1")], report)
+        assert (report.total("noted") == 1) == left_out
+    report = Report()
+    Encoder(tokenizer("qwen3")).encode_all([Conversation(messages=THOUGHT[2:], place="t:1")], report)
+    assert not report.counts
+
+
 def test_turns_of_weight_0_are_not_trained():
     messages = [message | {"weight": 0} if message["content"] == "First answer." else message for message in TALK]
     for name in ("chatml", "marked"):

@@ -209,3 +209,9 @@ def test_columns_of_a_question_are_what_rewards_read():
     record = {"data_source": "gsm", "prompt": [ASK], "reward_model": {"ground_truth": "4"}, "extra_info": {"index": 1}}
     read = recognise(record).read(record)
     assert read == Question(prompt=(ASK,), columns={name: record[name] for name in ("data_source", "reward_model", "extra_info")})
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_is_known_under_the_name_that_the_template_has(name: str):
+    read = recognise(["messages"]).read({"messages": [ASK, {"role": "assistant", "content": "yes", name: "hm"}]})
+    assert read.messages[1] == {**YES, "reasoning_content": "hm", "reasoning": "hm", "thinking": "hm"}
