@@ -8,6 +8,8 @@ prompt continue the prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -141,7 +143,9 @@ def attend(
     _check(q_RHCd, k_RGKd, v_RGKd, where, window, softcap, sinks)
     if isinstance(where, Packed):
         if q_RHCd.is_cuda and q_RHCd.dtype in HALF and q_RHCd.shape[3] % 8 == 0 and q_RHCd.shape[3] <= 256:
-            return _on_gpu(q_RHCd, k_RGKd, v_RGKd, where, window, scale, softcap, sinks)
+            quick = _on_gpu(q_RHCd, k_RGKd, v_RGKd, where, window, scale, softcap, sinks)
+            if quick is not None:
+                return quick
         if q_RHCd.device.type == "cpu" and not softcap:
             blocks = where.keep(("blocks", window), lambda: find_blocks(where.found, window))
             if sinks is not None or where.keep(("worth", window), lambda: worth_it(blocks, *where.segments.shape)):
@@ -152,17 +156,53 @@ def attend(
     return _masked(q_RHCd, k_RGKd, v_RGKd, mask, scale)
 
 
-def _on_gpu(q: Tensor, k: Tensor, v: Tensor, where: Packed, window: int, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
-    """Flash kernels where they know the mask, FlexAttention for the rest."""
-    if softcap or (window and where.keep(("beyond", window), lambda: where.found.beyond(window))):
-        from rolecall.kernels.attention_flex import flex, make_block_mask
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as `attend`
+def attend_slots(q_RCHd: Tensor, k_RCGd: Tensor, v_RCGd: Tensor, where: Where, **options: Any) -> Tensor:
+    """As `attend`, heads of a slot side by side on the way in and out: [R, C, H, d].
 
-        mask = where.keep(("flex", window, q.device), lambda: make_block_mask(where.found, where.positions, window, q.device))
+    For compiled models: tensors that cross the border of a graph, and their gradients, are copied unless they
+    lie in memory as they are indexed.
+    """
+    mixed: Tensor = attend(q_RCHd.transpose(1, 2), k_RCGd.transpose(1, 2), v_RCGd.transpose(1, 2), where, **options)
+    return mixed.transpose(1, 2)
+
+
+def _on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, where: Packed, window: int, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor | None:
+    """Kernels for sequences where segments stand alone, FlexAttention for the rest; None where neither applies.
+
+    Each is reached only by what it was measured to be exact for (tests/kernels/test_attention_gpu.py).
+    """
+    found, device = where.found, q.device
+    if not len(found.start) or not _knows_flash(device):
+        return None
+    if softcap or where.keep(("families",), lambda: bool((found.parent >= 0).any())):
+        from rolecall.kernels.attention_flex import BLOCK, flex, make_block_mask
+
+        if found.capacity < BLOCK or not _has_triton():
+            return None
+        mask = where.keep(("flex", window, device), lambda: make_block_mask(found, where.positions, window, device))
         return flex(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
-    from rolecall.kernels.attention_flash import FlashJob, find_lines
+    from rolecall.kernels.attention_cudnn import LIMIT, SIZES, CudnnJob, find_sequences, usable
 
-    lines = where.keep(("lines", q.device), lambda: find_lines(where.found, q.device))
-    return by_job(q, k, v, FlashJob(lines, window, scale), sinks)
+    if q.shape[3] in SIZES and q.numel() < LIMIT and usable(device):
+        sequences = where.keep(("sequences", device), lambda: find_sequences(found, device))
+        return by_job(q, k, v, CudnnJob(sequences, window, scale), sinks)
+    from rolecall.kernels.attention_flash import FlashJob, find_line
+
+    line = where.keep(("line", device), lambda: find_line(found, device))
+    return by_job(q, k, v, FlashJob(line, window, scale), sinks)
+
+
+@lru_cache(maxsize=16)
+def _knows_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

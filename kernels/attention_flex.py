@@ -1,4 +1,4 @@
-"""Attention over packed rows by FlexAttention, for what flash kernels don't know: soft caps, windows that hide a part of a parent.
+"""Attention over packed rows by FlexAttention, for what kernels for sequences don't know: parents, soft caps.
 
 The block mask is made from the segments' bounds, not by asking the mask about every pair: a millisecond or two on the host for a row of 32k
 slots, while the device is still busy with what was asked before.
@@ -17,6 +17,7 @@ from rolecall.kernels.segments import Int64, Segments
 from torch import Tensor
 
 BLOCK = 128  # slots; what FlexAttention's kernels go by
+SHAPES = 64  # of rows, heads, windows and caps that one process may compile for
 Grid = npt.NDArray[np.bool_]
 
 
@@ -110,7 +111,7 @@ def find_intervals(found: Segments) -> tuple[npt.NDArray[np.int32], npt.NDArray[
 
 
 def make_block_mask(found: Segments, positions: Tensor, window: int, device: torch.device) -> Any:
-    """The BlockMask of packed rows, for all heads, on the device; it holds the tensors that its mask reads."""
+    """The BlockMask of packed rows on the device, for all heads, as `create_block_mask` gives it; it holds the tensors its mask reads."""
     from torch.nn.attention.flex_attention import BlockMask
 
     some, full = (torch.from_numpy(grid).to(device, non_blocking=True)[:, None] for grid in find_grid(found, window))
@@ -140,7 +141,8 @@ def _window_mask(opens: Tensor, closes: Tensor, places: Tensor, window: int) -> 
 
 
 def _ordered(name: str, grid: Tensor) -> dict[str, Tensor]:
-    """For each row of blocks how many are set, and their numbers first."""
+    """For each row of blocks how many are set, and their numbers first; without gaps in memory, as the kernels take for granted."""
+    grid = grid.contiguous()
     return {
         f"{name}_num_blocks": grid.sum(-1, dtype=torch.int32),
         f"{name}_indices": torch.argsort(grid.to(torch.uint8), dim=-1, descending=True, stable=True).to(torch.int32),
@@ -177,6 +179,9 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    # Compiled for each shape. Past the limit PyTorch would go on uncompiled, with all logits in memory: here it must stop instead.
+    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rolecall.kernels.attention import Where, attend
+from rolecall.kernels.attention import Where, attend, attend_slots
+from rolecall.kernels.norm_rotary import norm_rotary, rms_norm
 from rolecall.roles.models.experts import SparseMLP
-from rolecall.roles.models.rope import rotate
 from rolecall.roles.models.spec import ModelSpec
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) x gain, the mean in float32 (float64 for float64), as Zhang and Sennrich 2019 (arXiv:1910.07467).
+    """x / rms(x) x gain, as `rolecall.kernels.norm_rotary.rms_norm`.
 
     Args:
         size: of the last dimension.
@@ -40,12 +40,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension; same dtype."""
-        high = x.to(torch.promote_types(x.dtype, torch.float32))
-        scaled = high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + self.eps)
-        if not self.wide:
-            return self.weight * scaled.to(x.dtype)
-        gain = self.weight.to(high.dtype)
-        return (scaled * (gain + self.offset if self.offset else gain)).to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps, offset=self.offset, wide=self.wide)
+
+    def turned(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Normalise [R, C, H, d] over the last dimension, then turn by position, cosines and sines [R, C, 1, d / 2]; same dtype."""
+        return norm_rotary(x, cosines, sines, self.weight, eps=self.eps, offset=self.offset, wide=self.wide)
 
 
 def norm_of(spec: ModelSpec, size: int) -> RMSNorm:
@@ -77,18 +76,28 @@ class Attention(nn.Module):
             where: who sees whom.
             cache: `update(keys, values, layer) -> (keys, values)`, called with this pass's [R, G, C, d].
         """
+        out: Tensor = self.o(self.mixed(*self.apart(x, cosines, sines), where, cache))
+        return out
+
+    def apart(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [R, C, H, d], keys and values [R, C, G, d], ready to meet.
+
+        Heads of a slot lie side by side: attention kernels take that layout without a copy.
+        """
         rows, slots, _ = x.shape
         q, k, v = (part(x).view(rows, slots, -1, self.size) for part in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        # Turned while the heads of a slot still lie side by side: attention kernels take that layout without a copy.
         turn = cosines.transpose(1, 2), sines.transpose(1, 2)
-        q, k, v = (part.transpose(1, 2) for part in (rotate(q, *turn), rotate(k, *turn), v))
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        mixed = attend(q, k, v, where, window=self.window, scale=self.scale, softcap=self.softcap, sinks=self.sinks)
-        out: Tensor = self.o(mixed.transpose(1, 2).reshape(rows, slots, -1))
-        return out
+        q = norm_rotary(q, *turn) if self.q_norm is None else self.q_norm.turned(q, *turn)
+        k = norm_rotary(k, *turn) if self.k_norm is None else self.k_norm.turned(k, *turn)
+        return q, k, v
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, where: Where, cache: Any = None) -> Tensor:
+        """What `apart` gives to [R, C, H d]: each query's mean of values."""
+        options: dict[str, Any] = {"window": self.window, "scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        if cache is None:
+            return attend_slots(q, k, v, where, **options).flatten(2)
+        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
+        return attend(q.transpose(1, 2), k, v, where, **options).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -119,7 +128,7 @@ class Norms(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to what came in. With a dense MLP no Python control flow depends on data: it compiles whole."""
+    """Attention and MLP, each added to what came in. With a dense MLP only attention itself depends on where segments lie."""
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
@@ -130,7 +139,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, where: Where, cache: Any = None) -> Tensor:
         """[R, C, D] to [R, C, D]; arguments as of `Attention.forward`."""
-        mixed = self.attention(self.norms.attention(x), cosines, sines, where, cache)
+        return self.added(x, self.attention(self.norms.attention(x), cosines, sines, where, cache))
+
+    def added(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block's output, from its input and what attention made of it."""
         x = x + (mixed if self.norms.after_attention is None else self.norms.after_attention(mixed))
         made = self.mlp(self.norms.mlp(x))
         out: Tensor = x + (made if self.norms.after_mlp is None else self.norms.after_mlp(made))
