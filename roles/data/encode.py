@@ -126,11 +126,11 @@ class Encoder:
         if isinstance(record, Text):
             return (_Draft(record.text, [(0, len(record.text))], True, True),)
         if isinstance(record, Conversation):
-            train, turns = self.train, [len(record.messages)]
-            if train == "each":
+            turns = [len(record.messages)]
+            if self.train == "each":
                 said = [number for number, each in enumerate(record.messages, start=1) if each["role"] == "assistant"]
-                train, turns = "last", [number for number in said if record.messages[number - 1].get("weight", 1) != 0] or turns
-            return tuple(self._templated(record, record.messages[:turn], train) for turn in turns)
+                turns = [number for number in said if record.messages[number - 1].get("weight", 1) != 0] or turns
+            return tuple(self._templated(record, record.messages[:turn], self.train) for turn in turns)
         if isinstance(record, Question):
             return (self._question(record),)
         answers = (record.completion,) if isinstance(record, Completion) else (record.chosen, record.rejected)
@@ -157,7 +157,9 @@ class Encoder:
     def _templated(self, record: _Chat, messages: Messages, train: Train) -> _Draft:
         spans = self.tokenizer.spans(record.tools is not None)
         messages = self._with_system(messages)
-        rendered, own = spans.find(messages, record.tools, train=train, options=record.options, place=record.place)
+        rendered, own = spans.find(
+            messages, record.tools, train="last" if train == "each" else train, options=record.options, place=record.place
+        )
         return _Draft(rendered.text, own, False, False, _forgets(messages, rendered.text))
 
     def _with_system(self, messages: Messages) -> Messages:
