@@ -35,7 +35,7 @@ class Recorder:
     def __init__(self, net: Any) -> None:
         self._stack, self.last = ExitStack(), dict[str, Tensor]()
         base = getattr(net, "base_model", net)
-        blocks = next((part for part in base.children() if isinstance(part, nn.ModuleList)), [])
+        blocks: Any = next((part for part in base.children() if isinstance(part, nn.ModuleList)), [])
         named = {"embed": getattr(net, "embed", None) or net.get_input_embeddings()}
         for number, block in enumerate(blocks):
             for ours, names in PARTS.items():
