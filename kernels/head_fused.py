@@ -10,26 +10,32 @@ overflow: that is seen at the end, and the loss is computed again by chunks of f
 Logprobs and entropy: the first product reduces its tiles to three numbers a row; the backward pass makes logits again.
 
 The gradient of the head is summed over chunks in bfloat16, each product in float32 (docs/kernels.md has its error against float64).
+
+A Hopper tensor core rounds towards zero whenever it adds 16 more terms to a float32 sum, so large sums come out too small by a share
+that grows with their number of terms; logits are multiplied by what is lost on average (TRUNCATED).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rolecall.kernels.head import Law
+from rolecall.kernels.head_plan import ROWS, Chunk, Shape, plan
 from torch import Tensor
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 LIFT = 40 * LOG2E  # added to references: exponentials then reach from e^-127 of the target's to e^87, sums of 2^17 of them too
-TILE = (128, 256, 64)  # rows, columns and depth of a tile
+TILE = (ROWS, 256, 64)  # rows, columns and depth of a tile
 GROUP = 16  # row tiles that share columns of the head while these are in L2
-LOSS_BYTES, SLOPE_BYTES, SUM_BYTES = 2**29, 2.4e8, 2**27  # above the gradients: of cross entropy, of logprobs backward, forward
-WAVE = 132  # programs that run at once on an H100
+LOSS_BYTES, SLOPE_BYTES, SUM_BYTES = 511_000_000, 254_000_000, 2**27  # above the gradients: of cross entropy; logprobs backward, forward
+TOKEN_BYTES = 64  # of indices, weights, references and results of each token of a call
+TRUNCATED = 1.1e-9  # of a sum, lost with each of its terms on average
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,11 @@ def spread(
     second = torch.zeros_like(of_target) if of_entropy is None else of_entropy.float() * bend
     first, second = of_target + second * entropy, second * LN2
     sums = _Sums(hidden, head, rule, to_hidden=to_hidden, to_head=to_head)
-    size = min(count, chunk or sums.rows(SLOPE_BYTES, extra=0))
-    out = torch.empty(size, width, device=hidden.device, dtype=torch.bfloat16)
+    shape = Shape(count, hidden.shape[1], rule.vocab, token_bytes=2 * width)
+    cut = _parts(plan(shape, SLOPE_BYTES - TOKEN_BYTES * count, chunk))
+    out = torch.empty(max(part.stop - part.start for part, _ in cut), width, device=hidden.device, dtype=torch.bfloat16)
     every = torch.arange(count, device=hidden.device)
-    for part in _parts(count, size):
+    for part, splits in cut:
         rows, states = part.stop - part.start, hidden[part]
         factors = {"reference": normaliser[part], "first": first[part], "second": second[part]}
         _project("SLOPES", states, head, rule, targets[part], out=out[:rows], entropy=of_entropy is not None, **factors)
@@ -113,7 +120,7 @@ def spread(
             out, targets[part], logprobs[part], normaliser[part], of_target[part], first[part], second[part],
             rows, rule.vocab, width, _outer(rule), CAP=bool(rule.softcap), BR=128,
         )  # fmt: skip
-        sums.add(out[:rows], states, None, every[part])
+        sums.add(out[:rows], states, None, every[part], splits)
     return sums.hidden, sums.head
 
 
@@ -139,15 +146,17 @@ def losses(
     sums = _Sums(hidden, head, rule, to_hidden=to_hidden, to_head=to_head)
     count = len(rows)
     tiles, width = _tiles(rule.vocab), _width(rule.vocab)
-    size = max(1, min(count, chunk or sums.rows(LOSS_BYTES, extra=2 * hidden.shape[1] + 4 * tiles)))
+    shape = Shape(count, hidden.shape[1], rule.vocab, token_bytes=2 * width + 2 * hidden.shape[1] + 4 * tiles)
+    cut = _parts(plan(shape, LOSS_BYTES - TOKEN_BYTES * len(hidden), chunk))
+    size = max((part.stop - part.start for part, _ in cut), default=0)
     out = torch.empty(size, width, device=hidden.device, dtype=torch.bfloat16)
     mass = torch.empty(tiles * size, device=hidden.device)
     each = torch.empty(count, device=hidden.device)
     trouble = torch.zeros(1, device=hidden.device, dtype=torch.int32)
-    for part in _parts(count, size):
+    for part, splits in cut:
         states = hidden[rows[part]]
         factors = _exponentials(states, head, rule, targets[part], share[part], out, mass, each[part], trouble)
-        sums.add(out[: len(states)], states, factors, rows[part])
+        sums.add(out[: len(states)], states, factors, rows[part], splits)
     if trouble.item():
         return None
     return each.sum(), sums.hidden, sums.head
@@ -182,58 +191,45 @@ class _Sums:
     def __init__(self, hidden: Tensor, head: Tensor, rule: Law, *, to_hidden: bool, to_head: bool) -> None:
         self._weight, self._vocab, self._first = head, rule.vocab, True
         self.hidden = torch.zeros_like(hidden) if to_hidden else None
-        self.head = torch.zeros_like(head) if to_head else None
+        self._head = torch.empty_like(head) if to_head else None
+        if self._head is not None:
+            self._head[rule.vocab :].zero_()
 
-    def rows(self, memory: float, extra: int) -> int:
-        """Tokens of a chunk that fit: its gradient of logits, partial sums in float32, and `extra` bytes a token."""
-        depth = self._weight.shape[1]
-        fits = int(memory / (2 * _width(self._vocab) + extra + 4 * depth * 2)) // TILE[0] * TILE[0]
-        while fits > TILE[0] and fits * (2 * _width(self._vocab) + extra + 4 * depth * self._splits(fits)) > memory:
-            fits -= TILE[0]
-        return max(TILE[0], fits)
+    @property
+    def head(self) -> Tensor | None:
+        """The gradient of the head; 0 where no chunk came."""
+        if self._head is not None and self._first:
+            self._head.zero_()
+        return self._head
 
-    def _splits(self, rows: int) -> int:
-        """Parts of the vocabulary that are multiplied side by side, so that their tiles fill the GPU evenly."""
-        tiles = -(-rows // TILE[0]) * -(-self._weight.shape[1] // TILE[1])
-        waste = {parts: -(-tiles * parts // WAVE) * WAVE / (tiles * parts) for parts in range(1, 9)}
-        return min(waste, key=lambda parts: waste[parts] + 0.01 * parts)
-
-    def add(self, slope: Tensor, states: Tensor, factors: Tensor | None, rows: Tensor) -> None:
+    def add(self, slope: Tensor, states: Tensor, factors: Tensor | None, rows: Tensor, splits: int) -> None:
         """One chunk: `slope` [C, width], `states` [C, D] already multiplied by `factors` [C], if there are any."""
         part = slope[:, : self._vocab]
-        if self.head is not None:
-            target = self.head[: self._vocab]
+        if self._head is not None:
+            target = self._head[: self._vocab]
             if self._first:
                 torch.mm(part.T, states, out=target)
             else:
                 target.addmm_(part.T, states)
             self._first = False
         if self.hidden is not None:
-            pieces = self._pieces(part)
-            (count, depth), splits = states.shape, len(pieces)
-            _loaded().gather_sum[(count,)](
-                pieces,
-                factors if factors is not None else pieces,
-                rows,
-                self.hidden,
-                count,
-                depth,
-                splits,
-                SCALED=factors is not None,
-                BD=1024,
-            )
+            pieces = self._pieces(part, splits)
+            (count, depth), scaled = states.shape, factors is not None
+            by = factors if scaled else pieces
+            _loaded().gather_sum[(count,)](pieces, by, rows, self.hidden, count, depth, len(pieces), SCALED=scaled, BD=1024)
 
-    def _pieces(self, slope: Tensor) -> Tensor:
-        """[splits, C, D] float32, whose sum is slope @ head."""
-        splits = self._splits(len(slope))
-        step = self._vocab // splits // 64 * 64
-        if step == 0:
-            return torch.mm(slope, self._weight[: self._vocab], out_dtype=torch.float32)[None]
-        left = slope[:, : splits * step].unflatten(1, (splits, step)).transpose(0, 1)
-        pieces = torch.bmm(left, self._weight[: splits * step].unflatten(0, (splits, step)), out_dtype=torch.float32)
-        if splits * step < self._vocab:  # apart, so that an odd vocabulary slows only these few columns down
-            rest = slice(splits * step, self._vocab)
-            pieces[0] += torch.mm(slope[:, rest], self._weight[rest], out_dtype=torch.float32)
+    def _pieces(self, slope: Tensor, splits: int) -> Tensor:
+        """[splits or one more, C, D] float32, whose sum is slope @ head."""
+        step = self._vocab // splits // 8 * 8  # sums over a multiple of 16 bytes: an odd vocabulary slows only the rest down
+        weight, whole = self._weight[: self._vocab], splits * step
+        pieces = torch.empty((splits if step else 0) + (whole < self._vocab), len(slope), weight.shape[1], device=slope.device)
+        if splits == 1 and step:
+            torch.mm(slope[:, :step], weight[:step], out_dtype=torch.float32, out=pieces[0])
+        elif step:
+            left = slope[:, :whole].unflatten(1, (splits, step)).transpose(0, 1)
+            torch.bmm(left, weight[:whole].unflatten(0, (splits, step)), out_dtype=torch.float32, out=pieces[:splits])
+        if whole < self._vocab:
+            torch.mm(slope[:, whole:], weight[whole:], out_dtype=torch.float32, out=pieces[-1])
         return pieces
 
 
@@ -262,9 +258,11 @@ def _project(
     tiles = -(-len(states) // rows) * -(-rule.vocab // columns)
     programs = min(tiles, how.resident * torch.cuda.get_device_properties(states.device).multi_processor_count)
     top, mass, turn = (at, at, at) if sums is None else sums
+    inner, outer, whole = rule.scale / (rule.softcap or 1.0), _outer(rule), 1 + TRUNCATED * states.shape[1]
+    inner, outer = (inner * whole, outer) if rule.softcap else (inner, outer * whole)
     kernels.project[(programs,)](
         x, w, to, targets, reference, first, second, top, mass, turn, at,
-        len(states), rule.vocab, states.shape[1], rule.scale / (rule.softcap or 1.0), _outer(rule),
+        len(states), rule.vocab, states.shape[1], inner, outer,
         KIND=getattr(kernels, kind).value, CAP=bool(rule.softcap), ENTROPY=entropy, BM=rows, BN=columns, BK=depth,
         GROUP=how.group, PROGRAMS=programs, FLATTEN=how.flatten, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
@@ -286,7 +284,7 @@ def _width(vocab: int) -> int:
     return -(-vocab // 64) * 64
 
 
-def _parts(count: int, size: int) -> list[slice]:
-    """Chunks of at most `size`, as even as whole tiles allow."""
-    even = min(size, math.ceil(math.ceil(count / math.ceil(count / size)) / TILE[0]) * TILE[0])
-    return [slice(start, min(count, start + even)) for start in range(0, count, even)]
+def _parts(cut: tuple[Chunk, ...]) -> list[tuple[slice, int]]:
+    """Which tokens each chunk has, and its splits."""
+    ends = list(itertools.accumulate(chunk.rows for chunk in cut))
+    return [(slice(end - chunk.rows, end), chunk.splits) for end, chunk in zip(ends, cut, strict=True)]
