@@ -79,14 +79,17 @@ class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 remedy="give r of 1 or more, a positive alpha, dropout from 0 to below 1, and targets",
             )
         if isinstance(self.targets, str):
-            try:
-                re.compile(self.targets)
-            except re.error as error:
-                raise ConfigError(
-                    f"The targets of the adapters are no regular expression: {error}.",
-                    ask=f"targets={self.targets!r}",
-                    remedy=f'give "{ALL}", a regular expression such as ".*[qv]_proj", or endings such as ("q_proj", "v_proj")',
-                ) from None
+            check_pattern("targets", self.targets)
+
+
+def check_pattern(setting: str, pattern: str) -> None:
+    """Raise ConfigError, naming the setting, if a pattern is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{setting} is no regular expression: {error}.", ask=f"{setting}={pattern!r}", remedy='write one, such as ".*[qv]_proj"'
+        ) from None
 
 
 def names_of(linear: str) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ def restore(folder: str | Path, training: Training, dtype: str) -> Facts:
     if shapes != {name: tuple(tensor.shape) for name, tensor in saved.items()}:
         raise ModelError(f"The checkpoint {folder} is of another model.", remedy="start the policy with the model it was saved from")
     heads = _saved_heads(folder, training)
-    training.optimiser.restore(state, facts.steps)
+    _restore_optimiser(folder, training, facts, state)
     model.load_tensors(saved)
     _take_heads(heads, training)
     training.gradients.clear()
@@ -123,10 +123,19 @@ def _restore_adapters(folder: str | Path, training: Training, adapters: Adapters
     tensors = read_tensors(folder)
     adapters.check(tensors, str(folder))
     heads = _saved_heads(folder, training)
-    training.optimiser.restore(state, facts.steps)
+    _restore_optimiser(folder, training, facts, state)
     adapters.take(tensors)
     _take_heads(heads, training)
     training.gradients.clear()
+
+
+def _restore_optimiser(folder: str | Path, training: Training, facts: Facts, state: dict[str, Tensor]) -> None:
+    try:
+        training.optimiser.restore(state, facts.steps)
+    except KeyError as error:
+        raise ModelError(
+            f"The optimiser in {folder} trained other parameters: it has no {error}.", remedy="freeze and adapt as in the run it is of"
+        ) from error
 
 
 def _saved_heads(folder: str | Path, training: Training) -> dict[str, Head]:

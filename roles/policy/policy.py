@@ -11,7 +11,7 @@ from rolecall.protocols.errors import ConfigError, RolecallError
 from rolecall.protocols.messages import Logprobs, Metrics, PackedBatch, Samples, Weights
 from rolecall.roles.base import Member, Role
 from rolecall.roles.models import check_model
-from rolecall.roles.models.lora import Lora, resolve
+from rolecall.roles.models.lora import Lora, check_pattern, resolve
 
 if TYPE_CHECKING:
     from rolecall.roles.policy.training import Training
@@ -37,6 +37,7 @@ class Policy(Role):
         cooldown: updates over which "wsd" goes down to 0; 0 for a tenth of all.
         publish_dtype: to send weights in; "" means as they are.
         lora: train low-rank adapters instead of the weights; what is published has them merged.
+        freeze: regular expression; parameters whose Hugging Face names begin with what it matches are not trained.
         recompute: "none" keeps everything for the backward pass, "selective" all but the inside of the MLPs, "full" only
             the input of each block; what is not kept is computed twice. The gradients are the same.
         compile: compile each block with torch.compile; meant for GPUs. The first passes take minutes.
@@ -61,6 +62,7 @@ class Policy(Role):
         cooldown: int = 0,
         publish_dtype: str = "",
         lora: Lora | None = None,
+        freeze: str = "",
         recompute: str = "none",
         compile: bool = False,  # noqa: A002
         deadline: float = 300.0,
@@ -78,6 +80,7 @@ class Policy(Role):
         self.cooldown = cooldown
         self.publish_dtype = publish_dtype
         self.lora = lora
+        self.freeze = freeze
         self.recompute = recompute
         self.compile = compile
         self.deadline = deadline
@@ -112,12 +115,18 @@ class Policy(Role):
         if self.lora is not None:
             self.lora.check()
             resolve(self.lora)
+        check_pattern("freeze", self.freeze)
+        if self.freeze and self.lora is not None:
+            raise ConfigError(
+                "With adapters all weights are frozen.", ask=f"freeze={self.freeze!r} and lora", remedy="leave one of them out"
+            )
 
     def setup(self, member: Member) -> None:
         """Meet the other members and load the model."""
         super().setup(member)
         import torch
         from rolecall.roles.models import load
+        from rolecall.roles.models.freezing import freeze
         from rolecall.roles.policy.distributed import Meeting
         from rolecall.roles.policy.memory import keep_freed_memory
         from rolecall.roles.policy.training import Training, prepare
@@ -127,6 +136,7 @@ class Policy(Role):
             torch.set_num_threads(member.threads)
             keep_freed_memory()
         net = load(self.model, dtype=self.dtype, device=member.device)
+        freeze(net, self.freeze)
         adapters = prepare(net, lora=self.lora, recomputed=self.recompute, compiled=self.compile)
         tokenizer = load_tokenizer(self.model)  # goes into every checkpoint
         self._identity = identity(tokenizer)

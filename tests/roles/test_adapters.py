@@ -196,7 +196,7 @@ def test_bfloat16_merges_in_float32(tiny: str) -> None:
         ({"alpha": 0.0}, "alpha=0.0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"targets": ()}, "targets"),
-        ({"targets": "(q_proj"}, r"no regular expression.*Do: give \"all-linear\""),
+        ({"targets": "(q_proj"}, r"targets is no regular expression.*Do: write one"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, object], words: str) -> None:
