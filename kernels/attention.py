@@ -311,7 +311,7 @@ def _check(q_RHCd: Tensor, k_RGKd: Tensor, v_RGKd: Tensor, where: Where, window:
     if window < 0:
         raise ValueError(f"A window is a number of positions. Asked: window={window}. Do: give 1 or more, or 0 for no window.")
     rows, heads, queries, size = q_RHCd.shape
-    shape = (*where.segments.shape, queries) if isinstance(where, Packed) else where.mask.shape[::2] + where.mask.shape[3:]
+    shape = (*where.segments.shape, where.segments.shape[1]) if isinstance(where, Packed) else where.mask.shape[::2] + where.mask.shape[3:]
     keys = k_RGKd.shape
     if keys != v_RGKd.shape or keys[0] != rows or keys[3] != size or shape != (rows, queries, keys[2]) or heads % keys[1]:
         raise ValueError(
