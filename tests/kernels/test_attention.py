@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packs import packed, packs
 from rolecall.kernels.attention import Dense, Packed, attend, attend_plain, attend_slots, packed_mask
 from rolecall.kernels.attention_cpu import CpuJob, find_blocks
 from rolecall.kernels.attention_cudnn import _rounded, find_sequences
@@ -16,8 +17,6 @@ from rolecall.kernels.attention_flex import BLOCK, find_grid, make_block_mask
 from rolecall.kernels.attention_spans import by_job
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.testing import assert_close
-
-from tests.kernels.packs import packed, packs
 
 EXACT = 1e-12  # float64: sums of a few dozen products of order 1
 HALF = 2e-2  # bfloat16, values of order 1
