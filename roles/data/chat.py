@@ -49,7 +49,7 @@ def messages_of(value: Any, place: str, column: str, tools: Tools | None = None)
             remedy='write [{"role": "user", "content": "…"}, …]',
             why="no list of messages",
         )
-    messages = tuple(_message(each, f"{place}, message {number}", tools) for number, each in enumerate(value, start=1))
+    messages = tuple(_plain(each) or _message(each, f"{place}, message {number}", tools) for number, each in enumerate(value, start=1))
     if all(message["role"] in ("system", "developer") for message in messages):
         raise DataError(
             f"{place}: the conversation in {column!r} holds only a system message.",
@@ -115,6 +115,14 @@ def _repeated(prompt: Messages, chosen: Messages, rejected: Messages) -> int:
         if all(prompt[before]["role"] == "system" for before in range(start)) and chosen[: len(rest)] == rest == rejected[: len(rest)]:
             return len(rest)
     return 0
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any] | None:
+    """A message that has the form already, as most have; None where it must be looked at."""
+    role, content = given.get("role"), given.get("content")
+    if len(given) == 2 and type(role) is str and type(content) is str and role not in _ROLES and role not in _CALLS:
+        return {"role": role, "content": content}
+    return None
 
 
 def _message(given: dict[str, Any], place: str, tools: Tools | None) -> dict[str, Any]:

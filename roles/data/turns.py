@@ -96,8 +96,10 @@ class Template:
             tree.set_environment(environment)
             for name, method in (("begin", _Recorder.begin), ("end", _Recorder.end), ("generation", _Recorder.generation)):
                 environment.filters[f"rolecall_{name}"] = _of_recorder(method)
+            _quicken(environment)
             code = environment.compile(tree)
             self._template = Compiled.from_code(environment, code, environment.make_globals(None))
+            self._template.globals = dict(self._template.globals)  # a chain of dictionaries is copied slowly, at each rendering
         except TemplateError as error:
             raise ModelError(
                 f"The chat template of {tokenizer.name_or_path} is broken: {error}.",
@@ -158,17 +160,31 @@ def _of_recorder(method: Callable[..., str]) -> Callable[..., str]:
     return call
 
 
+def _quicken(environment: Any) -> None:
+    """Spare the sandbox its long look at `loop.first` and the like; its answer is the same."""
+    from jinja2.runtime import LoopContext
+
+    thorough = environment.is_safe_attribute
+
+    def is_safe_attribute(item: Any, name: str, value: Any) -> bool:
+        return not name.startswith("_") if type(item) is LoopContext else bool(thorough(item, name, value))
+
+    environment.is_safe_attribute = is_safe_attribute
+
+
 def _tile(parts: list[str], states: list[tuple[int, bool]]) -> Rendered:
     pieces: list[Piece] = []
-    position = 0
-    for part, (message, generated) in zip(parts, [(NOBODY, False), *states], strict=True):
-        if not part:
-            continue
-        if pieces and pieces[-1][2:] == (message, generated):
-            pieces[-1] = pieces[-1]._replace(stop=position + len(part))
-        else:
-            pieces.append(Piece(position, position + len(part), message, generated))
-        position += len(part)
+    position = begin = 0
+    before = (NOBODY, False)
+    for part, state in zip(parts, [before, *states], strict=True):
+        if part:
+            if state != before and position > begin:
+                pieces.append(Piece(begin, position, *before))
+                begin = position
+            before = state
+            position += len(part)
+    if position > begin:
+        pieces.append(Piece(begin, position, *before))
     return Rendered("".join(parts), pieces)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
+SHORT = 12  # characters of a piece that is looked up as a whole
 KEEP = 100  # characters of a part that is remembered; longer ones hardly come again
 LIMIT = 400_000  # parts remembered at most: some 60 MB
 _HIDDEN = "\ufdd1"  # stands for the blanks of a run of white space while a text is cut; Unicode keeps it free for such uses
@@ -35,7 +36,6 @@ _TRICKY = (
 
 MANY = 64  # added tokens from which on they are not looked for one by one
 _BRACKETS = re.compile(r"<[^<>\s]+>")
-_UNEVEN = ("  ", "\n ", " \n", "\t", "\r", "\v", "\f")
 
 
 class Found(NamedTuple):
@@ -179,11 +179,16 @@ class Words:
         return self._breaks or not text[place - 2 : place - 1].isspace()
 
     def _split(self, piece: str, units: list[int]) -> None:
-        plain = piece.isascii()
-        if not plain and _HIDDEN in piece:
+        if piece.isascii():
+            if len(piece) <= SHORT:
+                units.append(self._first[piece])
+                return
+            if "  " in piece or "\n " in piece or " \n" in piece or "\t" in piece or "\r" in piece or "\v" in piece or "\f" in piece:
+                piece = _RUN.sub(_hide, piece)
+        elif _HIDDEN in piece:
             units.append(self._first.alone(piece))
             return
-        if not plain or any(pair in piece for pair in _UNEVEN):
+        else:
             piece = _RUN.sub(_hide, piece)
         parts = piece.split(" ")
         if parts[0]:

@@ -58,7 +58,7 @@ def words(kind: str) -> Words:
     return found
 
 
-letters = st.text("abS'sl19 \n\t\r/.,-_(){}<|>im\u00a0\u3000éÉ\u0301中文😀\x1cK²Ⅷ \n", max_size=30)
+letters = st.text("abS'sl19 \n\t\r/.,-_(){}<|>im\u00a0\u3000éÉ\u0301中文😀\x1c\ufdd1K²Ⅷ \n", max_size=30)
 texts = st.lists(
     letters | st.sampled_from(MARKS) | st.sampled_from([" ", "  ", "\n", "\n\n", " \n", "'s", " a", "user\n"]), max_size=12
 ).map("".join)
