@@ -15,7 +15,7 @@ import json
 import re
 import statistics
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,23 @@ from plots import COLOURS, INK, axes, number, save, table
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "benchmarks" / "results" / "curves"
 COLUMNS = ("step", "reward/mean", "policy/kl", "rollout/completion_length", "time/step_s")
-SETTINGS = ("dtype", "prompts", "group_size", "samples", "tries", "max_tokens", "learning_rate", "kl", "seed")  # of a run's config.toml
+TRAINED = ("policy/loss", "policy/tokens", "policy/tokens_per_s", "policy/mfu", "data/wait_share")  # of steps that have no reward
+SETTINGS = (
+    "dtype", "prompts", "group_size", "samples", "tries", "rows", "row_tokens", "sft_steps", "grpo_steps", "max_tokens", "learning_rate",
+    "sft_rate", "grpo_rate", "schedule", "warmup", "lora", "kl", "seed",
+)  # of a run's config.toml  # fmt: skip
+REWARDS = {"reward/mean": "reward, mean of 10 steps", "policy/kl": "KL to the first policy, nats a token"}
+LOSSES = {"policy/loss": "loss of the trained tokens, mean of 10 steps, nats"}
 WINDOW = 10  # steps that a point of a curve is the mean of
 HEAD = """# Results
 
 Made by `python benchmarks/curves.py report` from the files in `benchmarks/results/curves`; don't edit it by hand.
 
 *Accuracy* is the share of held-out problems whose greedy completion is right, before the first and after the last step; no held-out
-problem is trained on. *Reward* is the mean value of the sampled completions, over ten steps at a time. The KL is the k3
-estimate, in nats a token, of the policy against the model that the run began with.
+problem is trained on. *Held-out loss* is the mean negative log-likelihood of the assistant's tokens in held-out records, in nats.
+*Reward* is the mean value of the sampled completions, *loss* that of the trained tokens, over ten steps at a time. The KL is the k3
+estimate, in nats a token, of the policy against the model that the run began with. *Data wait* is the median share of a step that training
+waited for data, the first step aside; *MFU* counts the model's own operations, on the device's published peak.
 """
 
 
@@ -52,8 +60,18 @@ class Curve:
         return re.sub(r"-seed\d+$", "", self.name)
 
     def accuracy(self, word: str) -> float:
-        """Of the evaluation `before` or `after`; NaN where there is none."""
-        return float(self.evaluations.get(word, {}).get("accuracy", float("nan")))
+        """Of the evaluation `before` or `after` (the last one); NaN where there is none."""
+        return float(self.looked(word).get("accuracy", float("nan")))
+
+    def looked(self, word: str) -> dict[str, Any]:
+        """The evaluation `before` or `after`; the latter is the last one, whatever its word."""
+        last = list(self.evaluations.values())[-1] if len(self.evaluations) > 1 else {}
+        return self.evaluations.get(word, last if word == "after" else {})
+
+    def median(self, column: str) -> float:
+        """Of all steps but the first, in which everything starts; NaN where no step has it."""
+        found = [float(step[column]) for step in self.steps[1:] if column in step]
+        return statistics.median(found) if found else float("nan")
 
     def samples_per_s(self) -> float:
         """As the header says; else samples of a step over the mean time of a step."""
@@ -82,14 +100,20 @@ def import_run(folder: Path, name: str, curves: Path, *, device: str, date: str 
     """
     metrics = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line]
-    steps = [{key: line[key] for key in COLUMNS if key in line} for line in lines if "step" in line]
+    steps = [
+        {key: line[key] for key in COLUMNS + (() if "reward/mean" in line else TRAINED) if key in line} for line in lines if "step" in line
+    ]
     if not steps:
         raise ValueError(f"{folder} has no finished step")
     given = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     config: dict[str, Any] = {"model": Path(str(given.get("model", ""))).name}  # a path is nobody else's business
     config |= {key: given[key] for key in SETTINGS if key in given}
     task = given.get("task", {})
-    config |= {"task": f"{task['task']} {json.dumps(task['config'])}"} if isinstance(task, dict) and "task" in task else {}
+    asked = isinstance(task, dict) and "task" in task and not given.get("data")
+    config |= {"task": f"{task['task']} {json.dumps(task['config'])}"} if asked else {}
+    lora = config.pop("lora", None)
+    config |= {"lora": f"r {lora['r']}, alpha {lora['alpha']:g}"} if isinstance(lora, dict) else {}
+    config |= {"data": Path(str(given["data"])).name} if given.get("data") else {}
     config["pools"] = {pool["name"]: pool["members"] for pool in given.get("pools", [])}
     made = date or datetime.datetime.fromtimestamp(metrics.stat().st_mtime, datetime.UTC).date().isoformat()
     header: dict[str, Any] = {"system": "Rolecall", "device": device, "date": made, "config": config}
@@ -127,8 +151,15 @@ def report(curves: Path, docs: Path) -> Path:
     parts = [HEAD.strip()] + ([] if found else ["There are no results yet."])
     for device in dict.fromkeys(curve.header["device"] for curve in found):
         here = [curve for curve in found if curve.header["device"] == device]
-        _plot(here, device, docs / "plots" / f"curves-{device}.svg")
-        parts += [f"## On {device}", _accuracies(here), f"![reward and KL on {device}](plots/curves-{device}.svg)", _rewards(here)]
+        sampled = [curve for curve in here if curve.means("reward/mean")]
+        shown = [curve for curve in here if any("loss" in found for found in curve.evaluations.values())]
+        parts += [f"## On {device}", _accuracies(here)]
+        if sampled:
+            _plot(sampled, device, docs / "plots" / f"curves-{device}.svg", REWARDS)
+            parts += [f"![reward and KL on {device}](plots/curves-{device}.svg)", _windows(sampled, "reward/mean", "reward")]
+        if shown:
+            _plot(shown, device, docs / "plots" / f"loss-{device}.svg", LOSSES)
+            parts += [_losses(shown), f"![loss on {device}](plots/loss-{device}.svg)", _windows(shown, "policy/loss", "loss")]
         parts += [_source(curve) for curve in here]
     page = docs / "results.md"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -147,7 +178,7 @@ def _accuracies(curves: Sequence[Curve]) -> str:
 
 def _row(name: str, runs: Sequence[Curve]) -> tuple[object, ...]:
     before, after = (statistics.fmean(run.accuracy(word) for run in runs) for word in ("before", "after"))
-    counts = {str(run.evaluations["after"]["count"]) for run in runs if "count" in run.evaluations.get("after", {})}
+    counts = {str(run.looked("after")["count"]) for run in runs if "count" in run.looked("after")}
     figures = [
         f"{value:{style}}" if value == value else "–" for value, style in ((before, ".3f"), (after, ".3f"), (after - before, "+.3f"))
     ]
@@ -155,13 +186,24 @@ def _row(name: str, runs: Sequence[Curve]) -> tuple[object, ...]:
     return name, runs[0].header.get("system", ""), int(runs[0].steps[-1]["step"]), "/".join(sorted(counts)), *figures, rate
 
 
-def _rewards(curves: Sequence[Curve]) -> str:
-    ends = sorted({end for curve in curves for end, _ in curve.means("reward/mean")})
+def _losses(curves: Sequence[Curve]) -> str:
+    """What fine-tuning did to the held-out records, and how fast it was."""
     rows = []
     for curve in curves:
-        means = dict(curve.means("reward/mean"))
+        before, after = (float(curve.looked(word).get("loss", float("nan"))) for word in ("before", "after"))
+        speed = [number(curve.median(column)) for column in ("policy/tokens_per_s", "policy/mfu")]
+        wait = curve.median("data/wait_share")
+        rows.append((curve.name, f"{before:.3f}", f"{after:.3f}", *speed, f"{100 * wait:.2f} %"))
+    return table(("run", "held-out loss before", "after", "tokens/s a member", "MFU", "data wait"), rows)
+
+
+def _windows(curves: Sequence[Curve], column: str, word: str) -> str:
+    ends = sorted({end for curve in curves for end, _ in curve.means(column)})
+    rows = []
+    for curve in curves:
+        means = dict(curve.means(column))
         rows.append((curve.name, *(f"{means[end]:.2f}" if end in means else "" for end in ends)))
-    return table(("reward up to step", *map(str, ends)), rows)
+    return table((f"{word} up to step", *map(str, ends)), rows)
 
 
 def _source(curve: Curve) -> str:
@@ -176,8 +218,7 @@ def _words(value: object) -> str:
     return ", ".join(f"{name} × {count}" for name, count in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _plot(curves: Sequence[Curve], device: str, path: Path) -> None:
-    panels = {"reward/mean": "reward, mean of 10 steps", "policy/kl": "KL to the first policy, nats a token"}
+def _plot(curves: Sequence[Curve], device: str, path: Path, panels: Mapping[str, str]) -> None:
     shown = [column for column in panels if any(curve.means(column) for curve in curves)]
     figure, plots = axes(max(1, len(shown)))
     experiments = list(dict.fromkeys(curve.experiment for curve in curves))

@@ -115,6 +115,34 @@ def test_lines_that_are_means_already_count_so_many_steps(scripts):
     assert curves.Curve("a", {}, {}, steps).means("reward/mean") == [(6, pytest.approx(1 / 6))]
 
 
+def test_fine_tuning_has_losses_in_place_of_rewards(scripts, tmp_path):
+    curves, _ = scripts
+    run, small, docs = tmp_path / "run", tmp_path / "curves", tmp_path / "docs"
+    run.mkdir()
+    docs.mkdir()
+    (run / "config.toml").write_text(
+        'model = "/home/somebody/Tiny"\nrows = 4\ndata = "/home/somebody/chats.jsonl"\n[lora]\nr = 8\nalpha = 16.0\n'
+    )
+    lines = [
+        {"evaluation": word, "loss": loss, "accuracy": share, "count": 8}
+        for word, loss, share in (("before", 2.0, 0.0), ("step-12", 1.25, 0.5))
+    ]
+    steps = [
+        {"step": step, "policy/loss": 1.5, "policy/tokens_per_s": 100.0, "data/wait_share": 0.5 if step == 1 else 0.001}
+        for step in range(1, 13)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [lines[0], *steps, lines[1]]))
+    made = curves.import_run(run, "chats-seed0", small, device="cpu2", date="2026-01-02")
+    assert "somebody" not in made.read_text()
+    text = curves.report(small, docs).read_text()
+    assert "| chats-seed0 | Rolecall | 12 | 8 | 0.000 | 0.500 | +0.500 | – |" in text
+    assert "| chats-seed0 | 2.000 | 1.250 | 100 | – | 0.10 % |" in text
+    assert "| loss up to step | 10 | 12 |" in text
+    assert "lora r 8, alpha 16; data chats.jsonl" in text
+    assert (docs / "plots" / "loss-cpu2.svg").is_file()
+    assert "reward up to step" not in text
+
+
 def test_a_run_without_a_step_is_refused(scripts, tmp_path):
     curves, _ = scripts
     with pytest.raises(ValueError, match="no finished step"):
