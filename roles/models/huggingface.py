@@ -84,7 +84,7 @@ class HuggingFaceModel(CausalModel):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """As `CausalModel.named_tensors`."""
-        found = {name: tensor.detach() for name, tensor in self.net.named_parameters()}
+        found = {name: tensor.detach() for name, tensor in self.net.named_parameters() if ".lora_" not in name}
         buffers = {name for name, _ in self.net.named_buffers()}
         found |= {name: tensor for name, tensor in self.net.state_dict().items() if name in buffers}
         return found
