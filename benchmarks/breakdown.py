@@ -19,6 +19,7 @@ KINDS = (  # the first that matches a kernel's name
     ("embedding", r"embedding|index|gather|scatter|sort|unique"),
     ("fused by Inductor", r"triton_"),
 )
+WAITS, LONGEST = (1.0, 2.0, 5.0, 20.0, 100.0, 1000.0, float("inf")), 12  # microseconds; gaps listed by name
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
@@ -32,6 +33,8 @@ class Breakdown:
         kinds: kind → (milliseconds, kernels).
         products: (operation, shapes) → (milliseconds, calls, TFLOP/s).
         kernels: (name, milliseconds, calls), the longest first.
+        waits: upper bound in microseconds → milliseconds and number of the gaps between kernels that are no longer.
+        longest: (milliseconds, kernel before, kernel after) of the longest gaps.
     """
 
     wall: float = 0.0
@@ -39,6 +42,8 @@ class Breakdown:
     kinds: dict[str, tuple[float, int]] = field(default_factory=dict)
     products: dict[str, tuple[float, int, float]] = field(default_factory=dict)
     kernels: list[tuple[str, float, int]] = field(default_factory=list)
+    waits: dict[float, tuple[float, int]] = field(default_factory=dict)
+    longest: list[tuple[float, str, str]] = field(default_factory=list)
 
     def text(self, number: int = 25) -> str:
         """A compact table."""
@@ -51,6 +56,9 @@ class Breakdown:
         lines += [
             f"  {took:8.2f} ms {calls:5d} x {took / calls * 1e3:8.1f} us  {name[:100]}" for name, took, calls in self.kernels[:number]
         ]
+        lines.append("gaps between kernels")
+        lines += [f"  up to {bound:g} us {took:8.2f} ms {count:6d}" for bound, (took, count) in self.waits.items()]
+        lines += [f"  {took:8.3f} ms after {one[:50]}, before {other[:50]}" for took, one, other in self.longest]
         return "\n".join(lines)
 
 
@@ -80,19 +88,34 @@ def _kernels(run: Any, found: Breakdown) -> None:
         if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
             continue
         took = (event.time_range.end - event.time_range.start) / 1e3
-        spans.append((event.time_range.start, event.time_range.end))
+        spans.append((event.time_range.start, event.time_range.end, event.name))
         for table, key in ((found.kinds, kind_of(event.name)), (names, event.name)):
             before = table.get(key, (0.0, 0))
             table[key] = (before[0] + took, before[1] + 1)
     found.kinds = dict(sorted(found.kinds.items(), key=lambda each: -each[1][0]))
     found.kernels = sorted(((name, took, calls) for name, (took, calls) in names.items()), key=lambda each: -each[1])
-    busy, last = 0.0, 0.0
-    for begin, end in sorted(spans):
-        busy += max(0.0, end - max(begin, last))
-        last = max(last, end)
     if spans:
-        found.wall = (last - min(begin for begin, _ in spans)) / 1e3
-        found.idle = found.wall - busy / 1e3
+        gaps, found.wall = gaps_of(spans)
+        found.idle = sum(gap for gap, _, _ in gaps)
+        found.longest = sorted(gaps, reverse=True)[:LONGEST]
+        for gap, _, _ in gaps:
+            bound = next(bound for bound in WAITS if gap * 1e3 <= bound)
+            took, count = found.waits.get(bound, (0.0, 0))
+            found.waits[bound] = (took + gap, count + 1)
+        found.waits = dict(sorted(found.waits.items()))
+
+
+def gaps_of(spans: list[tuple[float, float, str]]) -> tuple[list[tuple[float, str, str]], float]:
+    """The gaps (milliseconds, kernel before, kernel after) between kernels (start and end in microseconds, name), and the whole time."""
+    gaps: list[tuple[float, str, str]] = []
+    ordered = sorted(spans)
+    _, last, before = ordered[0]
+    for begin, end, name in ordered:
+        if begin > last:
+            gaps.append(((begin - last) / 1e3, before, name))
+        if end > last:
+            last, before = end, name
+    return gaps, (last - ordered[0][0]) / 1e3
 
 
 def _product(event: Any, found: Breakdown, device: bool) -> None:

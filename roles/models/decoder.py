@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rolecall.kernels.attention import Where
 from rolecall.roles.models.layers import Block, norm_of
+from rolecall.roles.models.pieces import Pieces
 from rolecall.roles.models.rope import tables
 from rolecall.roles.models.spec import ModelSpec
 from torch import Tensor, nn
@@ -30,7 +31,12 @@ class Decoder(nn.Module):
     Args:
         spec: of the model.
         rows: of embedding and head, at least the vocabulary; 0 for just that.
+
+    Attributes:
+        pieces: what runs in place of the blocks where there is no cache; None for the blocks themselves.
     """
+
+    pieces: Pieces | None = None
 
     def __init__(self, spec: ModelSpec, rows: int = 0) -> None:
         super().__init__()
@@ -49,7 +55,10 @@ class Decoder(nn.Module):
         if self.spec.embed_scale != 1.0:
             x = x * float(torch.tensor(self.spec.embed_scale, dtype=x.dtype))  # rounded to the dtype first, as Gemma was trained
         rotary = [tables(rope, self.spec.head_dim, positions, x.dtype) for rope in self.spec.ropes]
-        for block, number in zip(self.blocks, self.spec.rope_of, strict=True):
-            x = block(x, *rotary[number], where, cache)
+        turns = [rotary[number] for number in self.spec.rope_of]
+        if self.pieces is not None and cache is None:
+            return self.pieces(list(self.blocks), self.norm, x, turns, where)
+        for block, turn in zip(self.blocks, turns, strict=True):
+            x = block(x, *turn, where, cache)
         out: Tensor = self.norm(x)
         return out

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from rolecall.protocols.errors import ModelError
+from rolecall.roles.models.decoder import Decoder
+from rolecall.roles.models.layers import Block
+from rolecall.roles.models.pieces import Pieces
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,17 +42,27 @@ def recompute(net: nn.Module, how: str, *, dropout: bool = False) -> None:
         part.forward = _again(part.forward, dropout)
 
 
-def compile_blocks(net: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each block by itself: they are alike, so what is compiled for one serves all. Names and parameters stay.
+def compile_blocks(net: nn.Module, backend: str | Callable[..., Any] = "inductor", *, whole: bool = False) -> None:
+    """Compile a model for training. Attention runs as it is, between the compiled parts. Names and parameters stay.
 
-    Attention runs as it is, between the compiled parts. Comes before `recompute`: a block that is done again is compiled
-    within, as a compiled whole can't hold what runs as it is.
+    Our decoder is cut at attention (`rolecall.roles.models.pieces`), a Hugging Face model into its blocks; these are alike, so what is
+    compiled for one serves all. Comes before `recompute`: what is done again is compiled within, as a compiled whole can't
+    hold what runs as it is.
+
+    Args:
+        net: our decoder or a Hugging Face model.
+        backend: of torch.compile.
+        whole: no piece of our decoder reaches from one block into the next, so that blocks can be done again.
 
     Raises:
         ModelError: a Hugging Face model whose blocks are not found.
     """
+    pieces = Pieces(backend)
+    if isinstance(net, Decoder) and not whole:
+        net.pieces = pieces
+        return
     for block in blocks_of(net):
-        block.forward = torch.compile(block.forward, backend=backend)
+        block.forward = pieces.of_block(block) if isinstance(block, Block) else torch.compile(block.forward, backend=backend)
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:

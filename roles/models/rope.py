@@ -47,12 +47,6 @@ def tables(rope: Rope, size: int, positions: Tensor, dtype: torch.dtype) -> tupl
     return cosines.to(dtype)[:, None], sines.to(dtype)[:, None]
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn [R, …, d] by angles that broadcast to [R, …, d / 2]; dimension i and i + d / 2 are a pair, as Hugging Face orders them."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
-
-
 def _yarn(rope: Rope, size: int, powers: Tensor) -> Tensor:
     """Slow dimensions interpolated, fast ones left, a ramp between (equation 23 of arXiv:2309.00071)."""
 

@@ -21,52 +21,61 @@ class Gradients:
 
     Attributes:
         views: the gradient of each parameter, of its shape; slices of the buffers.
+        buffers: those, one for each bucket.
+        buckets: numbers of the parameters whose gradients lie in a buffer, in their order there.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self.views: list[Tensor] = []
-        self._buffers: list[Tensor] = []
-        for bucket in _buckets(parameters):
-            first = bucket[0]
+        self.buckets = _buckets(parameters)
+        self.buffers: list[Tensor] = []
+        found: dict[int, Tensor] = {}
+        for bucket in self.buckets:
+            first = parameters[bucket[0]]
             wide = torch.promote_types(first.dtype, torch.float32)
-            flat = torch.zeros(sum(parameter.numel() for parameter in bucket), dtype=wide, device=first.device)
-            self._buffers.append(flat)
-            for parameter, part in zip(bucket, flat.split([parameter.numel() for parameter in bucket]), strict=True):
-                view = part.view(parameter.shape)
-                self.views.append(view)
-                if parameter.dtype == wide:
-                    parameter.grad = view  # backward adds to it in place
-                else:
-                    parameter.register_post_accumulate_grad_hook(_adds_to(view))
+            flat = torch.zeros(sum(parameters[number].numel() for number in bucket), dtype=wide, device=first.device)
+            self.buffers.append(flat)
+            found |= zip(bucket, parts(flat, [parameters[number] for number in bucket]), strict=True)
+        self.views = [found[number] for number in range(len(parameters))]
+        for parameter, view in zip(parameters, self.views, strict=True):
+            if parameter.dtype == view.dtype:
+                parameter.grad = view  # backward adds to it in place
+            else:
+                parameter.register_post_accumulate_grad_hook(_adds_to(view))
 
     def add_up(self, meeting: Meeting) -> None:
         """Sum over the members; their weights already make it the gradient of the whole batch."""
-        meeting.add_up(self._buffers)
+        meeting.add_up(self.buffers)
 
     def clip(self, limit: float) -> float:
         """Scale all so that their global norm is at most `limit` (0: no limit); returns the norm before, maybe not finite."""
-        norm = float(torch.nn.utils.get_total_norm(self.views))
+        norm = float(torch.nn.utils.get_total_norm(self.buffers))
         if math.isfinite(norm) and 0 < limit < norm:
-            for flat in self._buffers:
-                flat.mul_(limit / norm)
+            torch._foreach_mul_(self.buffers, limit / norm)
         return norm
 
     def clear(self) -> None:
         """Set all to 0."""
-        for flat in self._buffers:
-            flat.zero_()
+        torch._foreach_zero_(self.buffers)
 
 
-def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
-    """Parameters in order, cut where a buffer is full or the dtype changes."""
-    buckets: list[list[torch.nn.Parameter]] = []
-    size = 0
-    for parameter in parameters:
-        if not buckets or size >= BUCKET or buckets[-1][0].dtype != parameter.dtype:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(parameter)
-        size += parameter.numel()
+def parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A contiguous tensor cut into views of the shapes of these."""
+    sizes = [each.numel() for each in like]
+    return [part.view(each.shape) for part, each in zip(flat.view(-1).split(sizes), like, strict=True)]
+
+
+def _buckets(parameters: Sequence[torch.nn.Parameter]) -> list[list[int]]:
+    """Numbers of the parameters: dtypes apart, and vectors apart from matrices, as optimisers treat them unlike; cut where one is full."""
+    buckets: list[list[int]] = []
+    current: dict[tuple[torch.dtype, bool], tuple[list[int], int]] = {}
+    for number, parameter in enumerate(parameters):
+        kind = parameter.dtype, parameter.ndim > 1
+        bucket, size = current.get(kind, ([], BUCKET))
+        if size >= BUCKET:
+            bucket, size = [], 0
+            buckets.append(bucket)
+        bucket.append(number)
+        current[kind] = bucket, size + parameter.numel()
     return buckets
 
 

@@ -76,7 +76,7 @@ class Training:
         self._passes = 0  # since the last update
         self._base = ""
         self.gradients = Gradients(list(named.values()))
-        self.optimiser = Optimiser(named, self.gradients.views, betas=betas, weight_decay=weight_decay)
+        self.optimiser = Optimiser(named, self.gradients, betas=betas, weight_decay=weight_decay)
 
     def accumulate(self, batch: PackedBatch, loss: Loss, rows_per_pass: int) -> dict[str, tuple[float, float]]:
         """Add the gradient of sum(loss x weights) over the batch's trained tokens.
@@ -201,7 +201,7 @@ def prepare(model: CausalModel, *, lora: Lora | None, recomputed: str, compiled:
     """
     adapters = None if lora is None else Adapters(model.net, resolve(lora))
     if compiled:
-        compile_blocks(model.net)
+        compile_blocks(model.net, whole=recomputed == "full")
     recompute(model.net, recomputed, dropout=lora is not None and lora.dropout > 0)
     return adapters
 

@@ -41,7 +41,7 @@ def test_parameters_are_as_asked_and_all_else_is_wide(tiny: str, dtype: str, lor
     training, wide = policy._training, WIDE[dtype]
     assert {parameter.dtype for parameter in training.model.parameters()} == {getattr(torch, dtype)}
     assert (
-        set(seen) == {view.dtype for view in training.gradients.views} == {buffer.dtype for buffer in training.gradients._buffers} == {wide}
+        set(seen) == {view.dtype for view in training.gradients.views} == {buffer.dtype for buffer in training.gradients.buffers} == {wide}
     )
     state = training.optimiser.tensors()
     assert {tensor.dtype for tensor in state.values()} == {wide}
