@@ -123,15 +123,15 @@ class Data(Role):
         self._stream = Stream(mix, member.seed if self.seed is None else self.seed)
         if not self.repeats and self._split.repeated:
             self._stream.report.add("noted", "left out: a text that came before", number=self._split.repeated)
-        from rolecall.roles.data.templating import Templater
+        from rolecall.roles.data.encode import Encoder
         from rolecall.roles.tokens import identity, load_tokenizer, require_chat_template
 
         tokenizer = load_tokenizer(self.model)
         require_chat_template(tokenizer)
-        self._templater, self._tokenizer = Templater(tokenizer, self.suffix, self.system), identity(tokenizer)
+        self._encoder, self._tokenizer = Encoder(tokenizer, suffix=self.suffix, system=self.system), identity(tokenizer)
         if self.max_prompt_tokens and self.too_long == "refuse":
             self._refuse_long()
-        held = [_Made(problem, self._templater.tokens(problem)) for problem in self._split.held_out]
+        held = [_Made(problem, self._tokens(problem)) for problem in self._split.held_out]
         self._held = [made for made in held if not self._is_long(made)]
         self._start(Shares(), member.rank)
         self._reported = len(self._held) - len(held)  # those left out above count at the next report
@@ -231,17 +231,23 @@ class Data(Role):
             if self._shares.given(raw.position):
                 continue
             problem = raw.columns["problem"]
-            made = _Made(problem, self._templater.tokens(problem), raw.epoch)
+            made = _Made(problem, self._tokens(problem), raw.epoch)
             long = self._is_long(made)
             self._stream.report.add("dropped" if long else "used", "too long" if long else "", place=problem.place if long else "")
             yield raw.position, None if long else made
+
+    def _tokens(self, problem: Problem) -> np.ndarray:
+        """The prompt's tokens, up to where the assistant begins: [n] int32."""
+        encoded = self._encoder.encode(problem.question)
+        tokens: np.ndarray = encoded.tokens  # type: ignore[union-attr]  # a question has one side
+        return tokens
 
     def _is_long(self, made: _Made) -> bool:
         return bool(self.max_prompt_tokens) and len(made.tokens) > self.max_prompt_tokens
 
     def _refuse_long(self) -> None:
         problems = [*self._split.training, *self._split.held_out]
-        lengths = [(len(self._templater.tokens(problem)), problem.place) for problem in problems]
+        lengths = [(len(self._tokens(problem)), problem.place) for problem in problems]
         long = [each for each in lengths if each[0] > self.max_prompt_tokens]
         if long:
             length, place = max(long)

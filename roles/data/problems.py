@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from rolecall.protocols.errors import DataError
 from rolecall.roles.data.records import Kind, Layout, Question, recognise
 from rolecall.roles.data.sources import Found
@@ -22,7 +24,7 @@ class Problem:
 
     id: str  # hash of its words: 24 hexadecimal digits, the same in every run (.1, .2, … at repetitions)
     text: str  # what the user says
-    messages: tuple[dict[str, Any], ...]
+    question: Question  # as it is templated
     columns: dict[str, Any]
     place: str  # where it was read, for errors
     source: str = ""  # name of its source
@@ -103,6 +105,8 @@ def _problem(place: str, record: dict[str, Any], layout: Layout, source: str) ->
     if not any(str(each.get("content") or "").strip() for each in messages):
         raise DataError(f"{place}: the prompt is empty.", remedy="take the record out, or give it a prompt")
     words = "\x00".join(f"{message['role']}\x01{' '.join(message['content'].split())}" for message in messages)
+    if question.tools:
+        words += "\x00tools\x01" + json.dumps(question.tools, sort_keys=True, default=str)
     try:
         columns = as_plain(question.columns)
     except TypeError as error:
@@ -110,4 +114,5 @@ def _problem(place: str, record: dict[str, Any], layout: Layout, source: str) ->
             f"{place}: a column holds what is no plain data: {error}.", remedy="keep to numbers, texts, lists, objects"
         ) from error
     text = "\n".join(message["content"] for message in messages if message["role"] == "user")
-    return Problem(hashlib.sha256(words.encode(errors="surrogatepass")).hexdigest()[:24], text, messages, columns, place, source)
+    identity = hashlib.sha256(words.encode(errors="surrogatepass")).hexdigest()[:24]
+    return Problem(identity, text, msgspec.structs.replace(question, prompt=messages, columns={}), columns, place, source)
