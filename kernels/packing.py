@@ -17,8 +17,10 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 FEW = 4096  # sequences up to which best fit one by one is quick enough, and better
 EVEN = 2000  # ranks that differ by less than 1/2000 are even enough
-SHORT = 200  # tokens of an average sequence from which copying one by one is quicker than by index
-WAVES = 8  # more fill rows better and take longer
+SHORT = 600  # tokens of an average sequence from which copying one by one is quicker than by index
+BLOCK = 2**14  # slots laid at once, so that what is computed on the way stays in a cache and in memory that is there
+WAVES = 4  # more fill rows better and take longer
+MANY = 24  # sequences of a row from which one wave fills rows as well as several
 
 
 def pack_rows(lengths: npt.ArrayLike, capacity: int) -> list[list[int]]:
@@ -80,9 +82,10 @@ def assign_rows(lengths: npt.ArrayLike, capacity: int) -> Int64:
         return _assign_bundles(sizes, capacity)
     narrow = np.uint16 if capacity < 2**16 else np.int64  # NumPy sorts 16 bits by counting
     sizes = sizes.astype(narrow)
-    hist = np.bincount(sizes, minlength=capacity + 1)
+    hist = np.bincount(sizes)
     mass = int(sizes.sum(dtype=np.int64))
-    share, left, first = -(-mass // (capacity * WAVES)), len(sizes), 0
+    waves = WAVES if len(sizes) * capacity < MANY * mass else 1
+    share, left, first = -(-mass // (capacity * waves)), len(sizes), 0
     rounds: list[tuple[Int64, Int64]] = []
     while left:
         wave = max(1, min(share, -(-mass // capacity)))
@@ -124,13 +127,14 @@ def _fill_wave(hist: Int64, rows: Int64, capacity: int, narrow: type[np.integer]
     """Fill empty rows; returns round by round which rows took sequences of which lengths, and takes them out of `hist`."""
     rounds: list[tuple[Int64, Int64]] = []
     space = np.full(len(rows), capacity, dtype=narrow)
+    longest = len(hist) - 1
     while len(rows):
         order = np.argsort(space, kind="stable")[::-1]  # the emptiest first
         upto = np.cumsum(hist)
         # Sequences in ascending order are numbered 0, 1, …; a row with room for the lengths up to l takes number upto[l] - 1 or, where
         # emptier rows have come before, the next one below.
         place = np.arange(len(order))
-        takes = np.minimum.accumulate(upto[space[order]] - 1 + place) - place
+        takes = np.minimum.accumulate(upto[np.minimum(space[order], longest)] - 1 + place) - place
         order = order[: int(np.count_nonzero(takes >= 0))]
         if not len(order):
             break
@@ -231,26 +235,39 @@ def lay(tokens: npt.NDArray[np.integer], cu_seqlens: npt.ArrayLike, rows: Sequen
     if len(filled) and int(filled.max()) > capacity:
         row = int(filled.argmax())
         raise ValueError(f"Row {row} is too full. Asked: {int(filled[row])} tokens. There is: {capacity} slots. Do: pack by these lengths.")
+    if len(order) * SHORT > int(filled.sum()):
+        return _lay_short(tokens, starts[order], lengths, counts, capacity - filled)
     slots = ends - lengths + np.repeat(np.arange(len(rows)) * capacity - (row_ends - filled), counts)
     found = Laid(*(np.full(len(rows) * capacity, empty, dtype=np.int32) for empty in (0, 0, -1)))
-    first = starts[order]
-    if len(order) * SHORT < int(filled.sum()):
-        count = np.arange(int(lengths.max(initial=0)), dtype=np.int32)
-        for number, (slot, length, start) in enumerate(zip(slots.tolist(), lengths.tolist(), first.tolist(), strict=True)):
-            end = slot + length
-            found.tokens[slot:end] = tokens[start : start + length]
-            found.positions[slot:end] = count[:length]
-            found.segments[slot:end] = number
-        return found
-    flat = np.arange(int(filled.sum()))
-    parts = (
-        tokens[flat + np.repeat(first - (ends - lengths), lengths)],
-        flat - np.repeat(ends - lengths, lengths),
-        np.repeat(np.arange(len(order), dtype=np.int32), lengths),
-    )
-    for row, (end, size) in enumerate(zip(row_ends.tolist(), filled.tolist(), strict=True)):
-        for whole, part in zip(found, parts, strict=True):
-            whole[row * capacity : row * capacity + size] = part[end - size : end]
+    count = np.arange(int(lengths.max(initial=0)), dtype=np.int32)
+    for number, (slot, length, start) in enumerate(zip(slots.tolist(), lengths.tolist(), starts[order].tolist(), strict=True)):
+        end = slot + length
+        found.tokens[slot:end] = tokens[start : start + length]
+        found.positions[slot:end] = count[:length]
+        found.segments[slot:end] = number
+    return found
+
+
+def _lay_short(tokens: npt.NDArray[np.integer], first: Int64, lengths: Int64, counts: Int64, spaces: Int64) -> Laid:
+    """Many short sequences: some rows at once, what is left of each row being one more piece."""
+    capacity = int(lengths[: counts[0]].sum() + spaces[0])
+    ends = np.cumsum(counts)
+    gaps = ends + np.arange(len(counts))  # numbers of those pieces among all
+    sizes, numbers, begins = np.insert(lengths, ends, spaces), np.insert(np.arange(len(lengths)), ends, -1), np.insert(first, ends, 0)
+    after = np.cumsum(sizes)
+    starts = after - sizes
+    found = Laid(*(np.empty(int(after[-1]), dtype=np.int32) for _ in Laid._fields))
+    step = max(1, BLOCK // capacity)
+    for row in range(0, len(counts), step):
+        last = min(row + step, len(counts)) - 1
+        pieces, slots = slice(int(gaps[row - 1]) + 1 if row else 0, int(gaps[last]) + 1), slice(row * capacity, (last + 1) * capacity)
+        each = sizes[pieces]
+        flat = np.arange(slots.start, slots.stop)
+        found.segments[slots] = np.repeat(numbers[pieces], each)
+        found.positions[slots] = flat - np.repeat(starts[pieces], each)
+        found.tokens[slots] = tokens.take(flat + np.repeat((begins - starts)[pieces], each), mode="clip") if len(tokens) else 0
+    for start, end in zip(starts[gaps].tolist(), after[gaps].tolist(), strict=True):
+        found.tokens[start:end] = found.positions[start:end] = 0
     return found
 
 
@@ -311,7 +328,7 @@ def _whole(sizes: npt.NDArray[Any]) -> Int64:
         raise ValueError("Sizes are finite and not negative. Do: give what each unit costs, in tokens or by `cost`.")
     if sizes.dtype.kind == "f":
         most = float(sizes.max(initial=0))
-        sizes = np.rint(sizes * (2**31 / most if most else 1.0))
+        sizes = np.rint(sizes / (most or 1.0) * 2**31)
     return sizes.astype(np.int64)
 
 
