@@ -134,6 +134,11 @@ def test_configs_that_make_no_sense_are_refused(folder: Path, values: dict[str, 
         load(configure(folder, **values), native=None if "model_type" in values else True)
 
 
+def test_dynamic_positions_make_the_context_longer(tmp_path: Path) -> None:
+    spec = load(family_model("llama-dynamic", tmp_path)).spec
+    assert (spec.ropes[0].max_positions, spec.max_positions) == (20, 60)
+
+
 def test_settings_that_the_decoder_lacks_go_to_the_fallback(folder: Path) -> None:
     path = configure(folder, hidden_act="tanh")
     with pytest.raises(ModelError, match="no activation 'tanh'"):

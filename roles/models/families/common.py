@@ -64,7 +64,7 @@ def common_spec(config: Any, **choices: Any) -> dict[str, Any]:
         "hidden": config.hidden_size,
         "intermediate": config.intermediate_size,
         "vocab": config.vocab_size,
-        "max_positions": config.max_position_embeddings,
+        "max_positions": _context(config),
         "tied": bool(config.tie_word_embeddings),
         "stops": stops_of(config),
         "windows": windows_of(config),
@@ -72,6 +72,13 @@ def common_spec(config: Any, **choices: Any) -> dict[str, Any]:
         "scale": size**-0.5,
         "attention_bias": bool(getattr(config, "attention_bias", False)),
     } | choices
+
+
+def _context(config: Any) -> int:
+    """Positions that a model is meant for: "dynamic" ropes stretch beyond what their config says, the others are told after it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+    return int(config.max_position_embeddings * stretched)
 
 
 def stops_of(*sources: Any) -> tuple[int, ...]:
