@@ -40,7 +40,7 @@ def messages_of(value: Any, place: str, column: str, tools: Tools | None = None)
         DataError: it is no such list, it is empty, or a message has no role, no content, or content that is no text.
     """
     value = _from_json(value, place, column) if isinstance(value, str) else value
-    if not isinstance(value, str | bytes | dict) and hasattr(value, "__len__") and len(value) == 0:
+    if _is_empty(value) and not isinstance(value, dict):
         raise DataError(f"{place}: the conversation in {column!r} is empty.", remedy="take the record out", why="an empty conversation")
     if not is_messages(value):
         raise DataError(
@@ -66,7 +66,7 @@ def tools_of(value: Any, place: str) -> Tools | None:
         DataError: they are no list of objects with a name.
     """
     value = _from_json(value, place, "tools") if isinstance(value, str) and value.strip() else value
-    if value is None or len(value) == 0:
+    if value is None or _is_empty(value):
         return None
     if isinstance(value, dict):
         value = [value]
@@ -170,7 +170,7 @@ def _content(content: Any, place: str) -> str:
             remedy="take images and sounds out",
             why="content that is no text",
         )
-    if isinstance(content, list | tuple) and not len(content):
+    if _is_empty(content):
         return ""
     raise DataError(
         f"{place}: its content is no text.",
@@ -182,7 +182,7 @@ def _content(content: Any, place: str) -> str:
 
 def _calls(given: Any, place: str, tools: Tools | None) -> list[dict[str, Any]]:
     given = _from_json(given, place, "tool_calls") if isinstance(given, str) else given
-    if given is None or len(given) == 0:
+    if given is None or _is_empty(given):
         return []
     if isinstance(given, dict):
         given = [given]
@@ -228,6 +228,27 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list | tuple) or hasattr(value, "tolist"):
         return [_without_nulls(each) for each in value]
     return value
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value is a list (or array, object, text) without anything in it."""
+    return hasattr(value, "__len__") and len(value) == 0
+
+
+def options_of(value: Any, place: str) -> dict[str, Any]:
+    """Further variables of the chat template, from an object or from JSON; nulls are left out.
+
+    Raises:
+        DataError: they are no object.
+    """
+    value = _from_json(value, place, "options") if isinstance(value, str) and value.strip() else value
+    if value is None or _is_empty(value):
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise DataError(
+            f"{place}: the options of the chat template are no object.", have=f"{type(value).__name__}", why="options of a wrong type"
+        )
+    return {name: each for name, each in value.items() if each is not None}
 
 
 def _from_json(text: str, place: str, column: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 from rolecall.protocols.errors import DataError
-from rolecall.roles.data.chat import Messages, Tools, is_messages, messages_of, split_shared, tools_of
+from rolecall.roles.data.chat import Messages, Tools, is_messages, messages_of, options_of, split_shared, tools_of
 
 Kind = Literal["preference", "conversation", "completion", "text", "question"]
 Words = str | Messages  # a plain text, or messages for the chat template
@@ -112,7 +112,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         if self.kind == "text":
             return Text(text=_text(self._value(record, "text", place), self.columns["text"], place), **common)
         common["tools"] = tools_of(self._maybe(record, "tools"), place)
-        common["options"] = dict(self._maybe(record, "options") or {})
+        common["options"] = options_of(self._maybe(record, "options"), place)
         if self.kind == "conversation":
             messages = messages_of(self._value(record, "messages", place), place, self.columns["messages"], common["tools"])
             return Conversation(messages=self._with_system(record, messages, place), **common)

@@ -170,10 +170,11 @@ class Words:
         return kept
 
     def _may_cut(self, text: str, place: int) -> bool:
-        """Whether the parts before and after a place can be encoded apart: it follows a line break, and no blank comes next.
-
-        (The slash: GPT-OSS takes one that follows a line break into the word before.)
+        """Whether the parts before and after a place can be encoded apart: it stands before a single blank, or it follows a line
+        break and no blank comes next. (The slash: GPT-OSS takes one that follows a line break into the word before.)
         """
+        if text[place] == " ":
+            return not (text[place - 1].isspace() or text[place + 1 : place + 2].isspace()) and place + 1 < len(text)
         if text[place - 1] != "\n" or text[place].isspace() or text[place] == "/":
             return False
         return self._breaks or not text[place - 2 : place - 1].isspace()

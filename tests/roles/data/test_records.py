@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
+from chats import tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rolecall.protocols import DataError
+from rolecall.roles.data.encode import Encoder
 from rolecall.roles.data.records import Completion, Conversation, Preference, Question, Text, recognise
 
+ENCODER = Encoder(tokenizer("qwen3"))
 ASK, YES, NO = {"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}}
 
@@ -215,3 +221,24 @@ def test_columns_of_a_question_are_what_rewards_read():
 def test_thinking_is_known_under_the_name_that_the_template_has(name: str):
     read = recognise(["messages"]).read({"messages": [ASK, {"role": "assistant", "content": "yes", name: "hm"}]})
     assert read.messages[1] == {**YES, "reasoning_content": "hm", "reasoning": "hm", "thinking": "hm"}
+
+
+KEYS = ["role", "from", "content", "value", "text", "type", "tool_calls", "function", "name", "arguments", "weight", "thinking"]
+WORDS = ["user", "assistant", "system", "function_call", '{"a": 1}', "[]", '[{"role": "user"}]', "{"]
+simple = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=6) | st.sampled_from(WORDS)
+plain = st.recursive(
+    simple, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4), max_leaves=12
+)
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "system"]), "content": st.text(max_size=6) | plain},
+    optional={"tool_calls": plain, "thinking": plain, "weight": plain},
+)
+NAMES = ["messages", "prompt", "completion", "text", "chosen", "rejected", "tools", "system", "options", "id", "input", "instruction"]
+
+
+@settings(deadline=None, max_examples=150)
+@given(record=st.dictionaries(st.sampled_from(NAMES), plain | st.lists(message, min_size=1, max_size=4) | st.text(), min_size=1))
+def test_whatever_stands_in_a_record_it_is_read_or_refused(record):
+    """No other error than ours, whatever the types; and what is read can be encoded or is refused."""
+    with contextlib.suppress(DataError):
+        ENCODER.encode(recognise(record).read(record, "fuzz:1"))
