@@ -5,7 +5,8 @@ Both functions have one signature; the tests hold the fused one to the plain one
 
 What the fused one saves over the plain one: the adapter's output is added by the matrix product that makes it (and its
 gradient to x likewise), so that no [N, O] or [N, I] tensor is written and read a second time; nothing is kept for the
-backward pass but x and the [N, r] product.
+backward pass but x and the [N, r] product. It is an operator of its own so that torch.compile takes it as it is: of an addition in
+place it would make a copy and an addition.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def lora_linear(
     _check(x, weight, down, up)
     if dropped is not None:
         return lora_linear_plain(x, weight, bias, down, up, scale, dropped=dropped)
-    out: Tensor = _LoraLinear.apply(x, weight, bias, down, up, float(scale))  # type: ignore[no-untyped-call]
-    return out
+    out: Tensor = _forward(x.flatten(0, -2), weight, bias, down, up, float(scale))[0]
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def lora_linear_plain(
@@ -60,28 +61,56 @@ def _check(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> None:
         )
 
 
-class _LoraLinear(torch.autograd.Function):
-    """x, W, b, A, B, s → y; only what is asked for is computed in the backward pass."""
+@torch.library.custom_op(
+    "rolecall::lora_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor? b, Tensor down, Tensor up, float scale) -> (Tensor, Tensor)",
+)
+def _forward(x: Tensor, w: Tensor, b: Tensor | None, down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """y [N, O] and x Aᵀ [N, r] of x [N, I]."""
+    low = x @ down.T
+    out = functional.linear(x, w, b)
+    return out.addmm_(low, up.T, alpha=scale), low
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        flat = x.flatten(0, -2)
-        low = flat @ down.T  # [N, r]
-        out = functional.linear(flat, weight, bias)
-        out.addmm_(low, up.T, alpha=scale)
-        ctx.save_for_backward(flat, weight, down, up, low)
-        ctx.scale, ctx.shape = scale, x.shape
-        return out.view(*x.shape[:-1], weight.shape[0])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, down, up, low = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
-        wants_x, _, _, wants_down, wants_up, _ = ctx.needs_input_grad
-        to_low = (grad @ up).mul_(ctx.scale) if wants_x or wants_down else None  # [N, r]
-        to_x = None
-        if wants_x and to_low is not None:
-            to_x = (grad @ weight).addmm_(to_low, down).view(ctx.shape)
-        to_down = to_low.T @ flat if wants_down and to_low is not None else None
-        to_up = (grad.T @ low).mul_(ctx.scale) if wants_up else None
-        return to_x, None, None, to_down, to_up, None
+@torch.library.custom_op(
+    "rolecall::lora_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor w, Tensor down, Tensor up, Tensor low, float scale, bool wants) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad: Tensor, x: Tensor, w: Tensor, down: Tensor, up: Tensor, low: Tensor, scale: float, wants: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (nothing unless it is wanted), A and B, of those of y [N, O]."""
+    to_low = (grad @ up).mul_(scale)
+    to_x = (grad @ w).addmm_(to_low, down) if wants else x.new_empty(0)
+    return to_x, to_low.T @ x, (grad.T @ low).mul_(scale)
+
+
+@_forward.register_fake
+def _(x: Tensor, w: Tensor, b: Tensor | None, down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], down.shape[0])
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, w: Tensor, down: Tensor, up: Tensor, low: Tensor, scale: float, wants: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x) if wants else x.new_empty(0), torch.empty_like(down), torch.empty_like(up)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w, _, down, up, ctx.scale = inputs
+    ctx.save_for_backward(x, w, down, up, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _low: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    wants = ctx.needs_input_grad[0]
+    to_x, to_down, to_up = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.scale, wants)
+    return to_x if wants else None, None, None, to_down, to_up, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
