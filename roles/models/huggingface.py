@@ -136,7 +136,7 @@ def examine(net: Any) -> HuggingFaceModel:
     """Find out what a model can do, on two tokens, and say what it can't in `notes`.
 
     Raises:
-        ModelError: its logits are not its hidden states times its head, scaled and capped as its config says.
+        ModelError: its logits are not its hidden states times its head, scaled and capped as its config says, or it looks ahead.
     """
     model, name = HuggingFaceModel(net), type(net).__name__
     tokens = torch.tensor([[3, 5]], device=model.device) % model.spec.vocab
@@ -146,6 +146,9 @@ def examine(net: Any) -> HuggingFaceModel:
     loose = 0.05 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3  # rounding of the dtype, generously
     alone = HuggingFaceModel(net, packs=False)
     wanted, single = alone.hidden(tokens, positions, together), alone.hidden(tokens, positions, apart)
+    ahead = float((wanted[:, 0] - single[:, 0]).abs().max())
+    if ahead > loose * float(single.abs().max()):
+        raise ModelError(f"{name} looks ahead: what a token means depends on those after it.", remedy="use a causal language model")
     theirs = net(input_ids=tokens, use_cache=False).logits.float()
     if not torch.allclose(alone.logits(wanted).float(), theirs, rtol=loose, atol=loose * float(theirs.abs().max())):
         raise ModelError(

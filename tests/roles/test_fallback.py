@@ -88,6 +88,13 @@ def test_a_head_that_its_config_does_not_explain_is_refused(tmp_path: Path, monk
         load(folder)
 
 
+def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    transformers.BertLMHeadModel(transformers.BertConfig(**sizes, initializer_range=0.3)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="BertLMHeadModel looks ahead"):
+        load(str(tmp_path))
+
+
 def test_sliding_windows_of_a_fallback_limit_its_rows(tmp_path: Path) -> None:
     model = load(folder_of("Qwen2", tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=1))
     assert model.longest == 8
