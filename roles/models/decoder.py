@@ -14,7 +14,7 @@ R rows, C slots, D hidden size, V vocabulary, Vp its size with padding.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rolecall.kernels.attention import Where
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         rotary = [tables(rope, self.spec.head_dim, positions, x.dtype) for rope in self.spec.ropes]
         turns = [rotary[number] for number in self.spec.rope_of]
         if self.pieces is not None and cache is None:
-            return self.pieces(list(self.blocks), self.norm, x, turns, where)
+            return self.pieces(cast(list[Block], list(self.blocks)), self.norm, x, turns, where)
         for block, turn in zip(self.blocks, turns, strict=True):
             x = block(x, *turn, where, cache)
         out: Tensor = self.norm(x)

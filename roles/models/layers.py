@@ -95,9 +95,11 @@ class Attention(nn.Module):
         """What `apart` gives to [R, C, H d]: each query's mean of values."""
         options: dict[str, Any] = {"window": self.window, "scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
         if cache is None:
-            return attend_slots(q, k, v, where, **options).flatten(2)
-        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
-        return attend(q.transpose(1, 2), k, v, where, **options).transpose(1, 2).flatten(2)
+            means: Tensor = attend_slots(q, k, v, where, **options)
+        else:
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
+            means = attend(q.transpose(1, 2), k, v, where, **options).transpose(1, 2)
+        return means.flatten(2)
 
 
 class MLP(nn.Module):

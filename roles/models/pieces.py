@@ -9,6 +9,7 @@ itself, torch.compile gives up every function on the way to attention: it makes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,16 +31,16 @@ class Pieces:
     """
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        pieces = _first, _between, _end, _last  # compiled when they are first needed
-        self._first, self._between, self._end, self._last = (torch.compile(piece, backend=backend) for piece in pieces)
+        made = partial(torch.compile, backend=backend)  # when a piece is first needed
+        self._first, self._between, self._end, self._last = made(_first), made(_between), made(_end), made(_last)
 
     def __call__(self, blocks: Sequence[Block], norm: RMSNorm, x: Tensor, turns: Sequence[Turn], where: Where) -> Tensor:
         """[R, C, D] embedded tokens to [R, C, D] after the final norm; `turns` are of each block."""
-        parts = self._first(blocks[0], x, *turns[0])
+        q, k, v = self._first(blocks[0], x, *turns[0])
         for number, block in enumerate(blocks):
-            mixed = block.attention.mixed(*parts, where)
+            mixed = block.attention.mixed(q, k, v, where)
             if number + 1 < len(blocks):
-                x, *parts = self._between(block, blocks[number + 1], x, mixed, *turns[number + 1])
+                x, q, k, v = self._between(block, blocks[number + 1], x, mixed, *turns[number + 1])
         states: Tensor = self._last(blocks[-1], norm, x, mixed)
         return states
 
@@ -47,7 +48,8 @@ class Pieces:
         """A forward of one block alone, in two pieces: for a block that is done again in the backward pass."""
 
         def forward(x: Tensor, cosines: Tensor, sines: Tensor, where: Where, cache: Any = None) -> Tensor:
-            mixed = block.attention.mixed(*self._first(block, x, cosines, sines), where, cache)
+            q, k, v = self._first(block, x, cosines, sines)
+            mixed = block.attention.mixed(q, k, v, where, cache)
             made: Tensor = self._end(block, x, mixed)
             return made
 
@@ -58,7 +60,9 @@ def _first(block: Block, x: Tensor, cosines: Tensor, sines: Tensor) -> Parts:
     return block.attention.apart(block.norms.attention(x), cosines, sines)
 
 
-def _between(block: Block, following: Block, x: Tensor, mixed: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, ...]:
+def _between(
+    block: Block, following: Block, x: Tensor, mixed: Tensor, cosines: Tensor, sines: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = _end(block, x, mixed)
     return x, *_first(following, x, cosines, sines)
 
@@ -68,4 +72,5 @@ def _end(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _last(block: Block, norm: RMSNorm, x: Tensor, mixed: Tensor) -> Tensor:
-    return norm(_end(block, x, mixed))
+    states: Tensor = norm(_end(block, x, mixed))
+    return states
