@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rolecall.protocols.errors import ModelError
 from rolecall.roles.models.families import FAMILIES
+from rolecall.roles.models.lora import ADAPTER_CONFIG
 
 LOST = "no attention kernels for packed rows, no padding of the vocabulary, no count of its operations"  # as a Hugging Face class
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")  # nothing that is pickled
@@ -56,6 +57,12 @@ def check_model(path: str, *, tokenizer: bool = True, chat_template: bool = Fals
             )
         return
     have = ", ".join(sorted(entry.name for entry in folder.iterdir())[:20]) or "an empty folder"
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"The folder {path} holds adapters, not a model.",
+            have=have,
+            remedy="write the whole model with policy.export(folder); or go on training with Lora(start=folder)",
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"The model folder {path} has no config.json.", have=have, remedy="give the folder that save_pretrained wrote")
     if not any((folder / name).is_file() for name in WEIGHTS):

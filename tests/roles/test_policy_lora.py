@@ -110,6 +110,8 @@ def test_peft_and_a_new_policy_load_a_checkpoint(tiny: str, tmp_path: Path) -> N
     net = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), saved).merge_and_unload()
     for name, tensor in net.named_parameters():
         assert (tensor - weights(policy)[name]).abs().max() < CLOSE
+    with pytest.raises(ModelError, match=r"holds adapters, not a model.*Do: write the whole model with policy\.export"):
+        Reference(saved).check()
     further = ready(tiny, Lora(start=saved))
     assert all(torch.equal(tensor, adapters(policy)[name]) for name, tensor in adapters(further).items())
     assert further.version == 0
