@@ -2,7 +2,8 @@
 
 N tokens of D numbers against V rows of the head, bfloat16, random. The floor is 6 N D V operations at the matmul rate of the same
 run. Every contender's loss and gradients are first compared with float64 on fewer tokens. Memory is what a step needs at its peak
-above its two gradients.
+above its two gradients. The floor's matmul rate is that of single products; a step keeps the GPU busy for longer and meets its power
+limit, so the rate of many products in a row is reported beside it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ SHAPES = ((16384, 2048, 248320), (8192, 2304, 256000), (16384, 1024, 151936))
 QUICK = ((4096, 1024, 65536),)
 IGNORED = (0.3, 0.7)
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
-CHECKED = 512  # tokens compared with float64
+CHECKED = 1024  # tokens compared with float64; as many as a compiled chunk, which is then compiled once a shape
 LOSS, GRADIENT = 1e-5, 6e-3  # limits for ours: float32 logits; gradients rounded to bfloat16 on the way and at the end (3e-3 together)
 CHUNK = 1024  # tokens of a compiled chunk
+LATE = 55.0  # seconds after which no further shape is begun
 TIMES, MEMORY, OVER_CCE, OVER_LIGER = 1.25, 512.0, 1.15, 3.0
 Contender = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -37,7 +39,7 @@ def contenders(missing: dict[str, str]) -> dict[str, Contender]:
     def torch_whole(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(hidden @ head.T, targets)
 
-    @torch.compile
+    @torch.compile(dynamic=False)
     def one_chunk(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy((hidden @ head.T).float(), targets, reduction="sum")
 
@@ -100,8 +102,10 @@ def measure(
 ) -> tuple[dict[str, Timing], dict[str, float]]:
     """Times of all, and megabytes above the gradients."""
     hidden, head, targets = inputs(*shape)
-    able = gpu.willing({name: step(each, hidden, head, targets) for name, each in found.items()}, missing)
-    timings = gpu.alternate(able, rounds)
+    failed: dict[str, str] = {}
+    able = gpu.willing({name: step(each, hidden, head, targets) for name, each in found.items()}, failed)
+    missing.update({f"{name} at {'x'.join(map(str, shape))}": why for name, why in failed.items()})
+    timings = gpu.alternate(able, rounds, warm=1)
     above = {}
     for name, run in able.items():
         hidden.grad = head.grad = None
@@ -126,27 +130,32 @@ def main() -> None:
     distances = errors(found, *shapes[0][1:], missing)
     for name, each in distances.items():
         print(f"{name:16} against float64: loss {each[0]:.1e}, hidden {each[1]:.1e}, head {each[2]:.1e}")
+    if "rolecall" not in distances:
+        raise SystemExit(f"ours does not run: {missing['rolecall']}")
     if distances["rolecall"][0] > LOSS or gpu.largest(distances["rolecall"][1:]) > GRADIENT:
         raise SystemExit("ours is not exact: nothing is timed")
     found = {name: each for name, each in found.items() if name in distances}
     before = gpu.rates()
-    results = {shape: measure(found, shape, options.rounds, missing if shape == shapes[0] else {}) for shape in shapes}
+    results = {shapes[0]: measure(found, shapes[0], options.rounds, missing)}
     shares = falling(shapes[0], found["rolecall"], options.rounds)
+    for shape in shapes[1:]:
+        if gpu.elapsed() < LATE:
+            results[shape] = measure(found, shape, options.rounds, missing)
+        else:
+            missing["x".join(map(str, shape))] = f"not begun after {gpu.elapsed():.0f} s"
     rates = gpu.both(before, gpu.rates())
     report(options, shapes, results, shares, rates, distances, missing)
 
 
 def report(options: Any, shapes: Any, results: Any, shares: Any, rates: gpu.Rates, distances: Any, missing: dict[str, str]) -> None:
     targets: dict[str, tuple[float, bool]] = {}
-    details: dict[str, Any] = {**rates.details()}
+    details: dict[str, Any] = {**rates.details(), "matmul TFLOP/s, 60 in a row": round(gpu.sustained() / 1e12, 1)}
+    targets["shapes measured"] = (len(results), len(results) == len(shapes))
     floors = {shape: rates.milliseconds(flops=6.0 * shape[0] * shape[1] * shape[2]) for shape in shapes}
     for shape, (timings, above) in results.items():
         label, own = "x".join(map(str, shape)), timings["rolecall"].median
         targets[f"{label}: at most {TIMES}x the floor"] = (own * 1e3 / floors[shape], own * 1e3 <= TIMES * floors[shape])
-        targets[f"{label}: at most {MEMORY:.0f} MiB above the gradients"] = (
-            above["rolecall"] / 1.048576,
-            above["rolecall"] / 1.048576 <= MEMORY,
-        )
+        targets[f"{label}: at most {MEMORY:.0f} MB above the gradients"] = (above["rolecall"], above["rolecall"] <= MEMORY)
         for peer, least in (("CCE", OVER_CCE), ("CCE, exact", OVER_CCE), ("Liger", OVER_LIGER)):
             if peer in timings:
                 ratio = timings[peer].median / own
@@ -166,7 +175,7 @@ def report(options: Any, shapes: Any, results: Any, shares: Any, rates: gpu.Rate
         timings=results[shapes[0]][0],
         ours="rolecall",
         targets=targets,
-        target="at most 1.25x the floor, 512 MiB above the gradients; at least 1.15x CCE, 3x Liger; time falls with the ignored share",
+        target="at most 1.25x the floor, 512 MB above the gradients; at least 1.15x CCE, 3x Liger; time falls with the ignored share",
         limit=floors[shapes[0]],
         missing=missing,
         details=details,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from harness import ROUNDS, Timing
 
+STARTED = time.monotonic()
 VENDOR_RATE = 989e12  # FLOP/s, dense bf16 of an H100 or H200 (SXM) by the vendor's datasheet
 FLUSH = 2**28  # bytes written between samples: 5 times the 50 MB of an H100's L2
 MATMUL, COPY = 8192, 2**32  # side of the measured product; bytes read and written by the measured copy
@@ -55,10 +57,27 @@ def _matmul_rate(repeats: int) -> float:
     return 2 * MATMUL**3 / statistics.median(sample(lambda: torch.mm(left, right, out=product), repeats))
 
 
+def sustained(products: int = 60, repeats: int = 5) -> float:
+    """FLOP/s of the same matmul many times in a row: what is left of the rate when the GPU meets its power limit. About half a second."""
+    left, right = (torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(left)
+
+    def run() -> None:
+        for _ in range(products):
+            torch.mm(left, right, out=product)
+
+    return products * 2 * MATMUL**3 / statistics.median(sample(run, repeats, warm=1))
+
+
 def _copy_rate(repeats: int) -> float:
     source = torch.randint(0, 2**31, (COPY // 16,), device="cuda", dtype=torch.int64)
     target = torch.empty_like(source)
     return 2 * source.nbytes / statistics.median(sample(lambda: target.copy_(source), repeats))
+
+
+def elapsed() -> float:
+    """Seconds since this module was imported: a benchmark leaves things out, and says so, rather than end without a result."""
+    return time.monotonic() - STARTED
 
 
 def both(before: Rates, after: Rates) -> Rates:

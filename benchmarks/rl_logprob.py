@@ -20,7 +20,7 @@ TOKENS, DEPTH, VOCAB = 16384, 1024, 151936
 QUICK = (4096, 1024, 32768)
 TEMPERATURE = 0.8
 CHECKED = 512  # tokens compared with float64
-ERROR, GRADIENT = 1e-5, 6e-3
+ERROR, BROKEN, GRADIENT = 1e-5, 1e-4, 6e-3  # nats that are asked for, and past which nothing is timed; share of a gradient's norm
 TIMES, MEMORY, OVER_TRL = 1.3, 256.0, 3.0
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
 Contender = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -100,6 +100,7 @@ def errors(found: dict[str, Contender], depth: int, vocab: int, missing: dict[st
             ours, its_entropy = found[name](*batch[:3])
         results[name] = {
             "logprob": float((ours.double() - logprobs).abs().max()),
+            "mean": float((ours.double() - logprobs).mean()),
             "hidden": gpu.distance(batch[0].grad, slopes[0]),
             "head": gpu.distance(batch[1].grad, slopes[1]),
         }
@@ -118,15 +119,19 @@ def main() -> None:
     exact = errors(found, *shape[1:], missing)
     for name, each in exact.items():
         print(f"{name:18} against float64: " + ", ".join(f"{what} {value:.1e}" for what, value in each.items()))
+    if "rolecall" not in exact:
+        raise SystemExit(f"ours does not run: {missing['rolecall']}")
     own = exact["rolecall"]
-    if gpu.largest([own["logprob"], own["entropy"]]) > ERROR or gpu.largest([own["hidden"], own["head"]]) > GRADIENT:
+    if gpu.largest([own["logprob"], own["entropy"]]) > BROKEN or gpu.largest([own["hidden"], own["head"]]) > GRADIENT:
         raise SystemExit("ours is not exact: nothing is timed")
     found = {name: each for name, each in found.items() if name in exact}
     before = gpu.rates()
     batch = inputs(*shape)
-    timings = gpu.alternate(gpu.willing({name: forward(each, batch) for name, each in found.items()}, missing), options.rounds)
+    timings = gpu.alternate(gpu.willing({name: forward(each, batch) for name, each in found.items()}, missing), options.rounds, warm=1)
     above = {name: round(gpu.memory(forward(found[name], batch)) / 1e6, 1) for name in timings}
-    learning = gpu.alternate(gpu.willing({name: both(each, batch) for name, each in found.items()}, missing), options.rounds)
+    failed: dict[str, str] = {}
+    learning = gpu.alternate(gpu.willing({name: both(each, batch) for name, each in found.items()}, failed), options.rounds, warm=1)
+    missing.update({f"{name}, with gradients": why for name, why in failed.items()})
     above_learning = {}
     for name in learning:
         batch[0].grad = batch[1].grad = None
@@ -145,7 +150,8 @@ def report(
         f"with gradients: at most {TIMES}x the floor of 8 N D V": (slow / (4 * floor), slow <= TIMES * 4 * floor),
         f"forward: at most {MEMORY:.0f} MB": (above[0]["rolecall"], above[0]["rolecall"] <= MEMORY),
         f"with gradients: at most {MEMORY:.0f} MB above them": (above[1]["rolecall"], above[1]["rolecall"] <= MEMORY),
-        f"error at most {ERROR}": (exact["rolecall"]["logprob"], exact["rolecall"]["logprob"] <= ERROR),
+        f"error of logprobs at most {ERROR}": (exact["rolecall"]["logprob"], exact["rolecall"]["logprob"] <= ERROR),
+        f"error of entropies at most {ERROR}": (exact["rolecall"]["entropy"], exact["rolecall"]["entropy"] <= ERROR),
     }
     for label, found in (("forward", timings), ("with gradients", learning)):
         if "TRL" in found:
@@ -166,6 +172,7 @@ def report(
             "with gradients, ms": {name: round(each.median * 1e3, 3) for name, each in learning.items()},
             "with gradients, MB above them": above[1],
             "largest error of a logprob": {name: float(f"{each['logprob']:.2g}") for name, each in exact.items()},
+            "mean error of logprobs": {name: float(f"{each['mean']:.2g}") for name, each in exact.items()},
             "largest error of an entropy": {name: float(f"{each['entropy']:.2g}") for name, each in exact.items() if "entropy" in each},
             "gradient of head, distance from float64": {name: float(f"{each['head']:.2g}") for name, each in exact.items()},
         },
