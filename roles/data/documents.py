@@ -133,7 +133,7 @@ class Documents(Role):
         start = block * self.block
         if start < 0:
             raise DataError("Blocks are numbered from 0.", ask=f"block {block}")
-        made = self._packed(stream.at(start, start + self.block), block)
+        made = self._packed(stream.at(start, start + self.block), block, self._report)
         if not len(made.keys) and (stream.length is None or start < stream.length):
             new = {key: count - before.get(key, 0) for key, count in self._report.counts.items() if count > before.get(key, 0)}
             why = ", ".join(f"{count} {outcome}{': ' if word else ''}{word}" for (outcome, word), count in new.items())
@@ -151,7 +151,7 @@ class Documents(Role):
         Raises:
             DataError: fewer are held out, or one can't be used and is to be refused.
         """
-        return self._packed(iter(self._ready().held_out(count)), HELD)
+        return self._packed(iter(self._ready().held_out(count)), HELD, Report())  # they are no part of the stream
 
     def questions(self, count: int) -> Prompts:
         """The prompts of the first `count` held-out records, for a rollout: what comes before the assistant's last turn.
@@ -199,40 +199,39 @@ class Documents(Role):
 
     def report(self) -> dict[str, int]:
         """What became of the records that this member read so far: "used", "cut: too long", "dropped: no trained token (file:3)"."""
-        found = {}
-        for (outcome, word), count in sorted(self._report.counts.items()):
-            first = self._report.first.get((outcome, word), "")
-            found[f"{outcome}{': ' if word else ''}{word}{f' (first: {first})' if first and word else ''}"] = count
-        return found
+        return self._report.summary()
 
-    def _packed(self, raws: Iterator[Raw], block: int) -> PackedBatch:
+    def _packed(self, raws: Iterator[Raw], block: int, report: Report) -> PackedBatch:
         return pack_block(
-            self._encoded(raws),
+            self._encoded(raws, report),
             capacity=self.row_tokens,
             block=block,
             longest=self._context,
             too_long=self.too_long,
             square=self._square,
-            report=self._report,
+            report=report,
             tokenizer=self._tokenizer,
         )
 
-    def _encoded(self, raws: Iterator[Raw]) -> list[Encoded | Pair]:
+    def _encoded(self, raws: Iterator[Raw], report: Report) -> list[Encoded | Pair]:
         records = []
         for raw in raws:
             try:
                 records.append(self._read(raw))
             except DataError as error:
-                if self.unusable == "refuse":
+                if self.unusable == "refuse" or not self._layouts:  # no layout was ever found: the columns are not what was meant
                     raise
-                self._report.add("dropped", reason(error, raw.place), place=raw.place)
-        return self._encoder.encode_all(records, self._report if self.unusable == "drop" else None)
+                report.add("dropped", reason(error, raw.place), place=raw.place)
+        return self._encoder.encode_all(records, report if self.unusable == "drop" else None)
 
     def _read(self, raw: Raw) -> Record:
         key = (raw.source, *raw.columns)
         if key not in self._layouts:
             source = self.source.sources[raw.source] if isinstance(self.source, Mix) else self.source
-            self._layouts[key] = recognise(raw.columns, mapping_of(source), ("preference", "conversation", "completion", "text"))
+            try:
+                self._layouts[key] = recognise(raw.columns, mapping_of(source), ("preference", "conversation", "completion", "text"))
+            except DataError as error:
+                raise DataError(f"{raw.place}: {error}", why="columns of no layout") from error
         return self._layouts[key].read(raw.columns, raw.place)
 
     def _measure(self, made: PackedBatch, took: float, before: dict[tuple[str, str], int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -160,7 +160,7 @@ class Encoder:
         rendered, own = spans.find(
             messages, record.tools, train="last" if train == "each" else train, options=record.options, place=record.place
         )
-        return _Draft(rendered.text, own, False, False, _forgets(messages, rendered.text))
+        return _Draft(rendered.text, own, False, False, tuple(_notes(messages, rendered.text, self.tokenizer.stops)))
 
     def _with_system(self, messages: Messages) -> Messages:
         if self.system is None or messages[0]["role"] in ("system", "developer"):
@@ -169,8 +169,10 @@ class Encoder:
 
     def _finished(self, record: Record, draft: _Draft, tokens: Int32, trained: Bool) -> Encoded:
         eos = self.tokenizer.eos
-        if draft.ends and eos is not None and (not len(tokens) or tokens[-1] != eos):
-            tokens, trained = np.append(tokens, np.int32(eos)), np.append(trained, True)
+        if draft.ends and eos is not None:
+            if not len(tokens) or tokens[-1] != eos:
+                tokens, trained = np.append(tokens, np.int32(eos)), np.append(trained, True)
+            trained[-1] = True  # also where the tokenizer has put it there
         return Encoded(tokens, trained, record.id, record.place)
 
 
@@ -181,7 +183,7 @@ class _Draft(NamedTuple):
     spans: list[Span]
     special: bool  # the tokenizer adds what begins a text
     ends: bool  # the end of text is added and trained
-    forgets: bool = False  # the template left out what the assistant thought
+    notes: tuple[str, ...] = ()  # what is worth knowing
 
 
 def _said(role: str, words: Words) -> Messages:
@@ -213,18 +215,24 @@ def _whole(record: Record, sides: list[Encoded]) -> Encoded | Pair:
     return Pair(chosen, rejected, int(np.argmin(same)) if not same.all() else length)
 
 
-def _forgets(messages: Messages, text: str) -> bool:
-    """Whether a template left thinking out, of earlier turns or of all of them."""
+def _notes(messages: Messages, text: str, stops: Sequence[str]) -> Iterator[str]:
+    """What became of a conversation that its reader may not expect."""
     for message in messages:
-        thought = message.get(THOUGHTS[0]) or message["content"].rpartition("</think>")[0].partition("<think>")[2]
-        if message["role"] == "assistant" and isinstance(thought, str) and thought.strip() and thought.strip() not in text:
-            return True
-    return False
+        content = message["content"]
+        if any(stop in content for stop in stops):
+            yield "a token that ends turns within a message"
+            break
+    for message in messages:
+        if message["role"] == "assistant":
+            thought = message.get(THOUGHTS[0]) or message["content"].rpartition("</think>")[0].partition("<think>")[2]
+            if isinstance(thought, str) and thought.strip() and thought.strip() not in text:
+                yield "thinking that the template leaves out"
+                break
 
 
 def _note(report: Report, record: Record, drafts: tuple[_Draft, ...]) -> None:
-    if any(draft.forgets for draft in drafts):
-        report.add("noted", "thinking that the template leaves out", place=record.place)
+    for note in {note for draft in drafts for note in draft.notes}:
+        report.add("noted", note, place=record.place)
     if isinstance(record, Conversation) and len(drafts) > 1:
         report.add("split", "a record for each turn", place=record.place)
 

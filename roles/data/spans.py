@@ -7,6 +7,7 @@ as sampling does. Where a template marks what is generated (`{% generation %}`),
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -73,7 +74,7 @@ class Spans:
         chosen = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         chosen = [number for number in (chosen[-1:] if train == "last" else chosen) if messages[number].get("weight", 1) != 0]
         turns = _turns(rendered, messages, place)
-        _check_whole(rendered, messages, turns, place, marked=bool(self.template.generations))
+        self._check_whole(rendered, messages, turns, place)
         headers = self._headers_of(tools, options or {}, place)
         if self.template.generations:
             spans = self._marked(rendered, set(chosen), headers)
@@ -98,6 +99,44 @@ class Spans:
         if self._in_parts:
             messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
         return self.template.render(messages, tools, prompt=prompt, options=options, place=place)
+
+    def _check_whole(self, rendered: Rendered, messages: Messages, turns: dict[int, Span], place: str) -> None:
+        """Refuse what a template would do silently: leave out what the assistant says or the tools it calls, or write the answer of
+        a tool into the assistant's turn (where the template does not mark what is generated)."""
+        marked = bool(self.template.generations)
+        for number, message in enumerate(messages):
+            text = rendered.text[slice(*turns[number])] if number in turns else ""
+            if message["role"] == "assistant":
+                self._check_said(message, text, f"{place}: ", number + 1)
+            elif number and not text and not marked and message["content"].strip() and _within(rendered.text, turns, messages, number):
+                raise DataError(
+                    f"{place}: the chat template writes message {number + 1} ({message['role']}) into the assistant's turn before it.",
+                    remedy="use a chat template with {% generation %} around what the assistant says",
+                    why="a message within the assistant's turn",
+                )
+
+    def _check_said(self, message: dict[str, Any], text: str, place: str, number: int) -> None:
+        said = message["content"].rpartition("</think>")[2].strip()
+        calls = message.get("tool_calls", ())
+        if said and said not in text and not calls:
+            raise DataError(
+                f"{place}the chat template leaves out or changes what the assistant says in message {number}.",
+                ask=repr(said[:60]),
+                have=repr(text[:60]),
+                remedy="use another chat template, or take such records out",
+                why="words of the assistant that the template leaves out",
+            )
+        rest = text.replace(said, " ") if said else text
+        for token in self._added if calls else ():
+            rest = rest.replace(token, " ")  # <start_of_turn> holds an f, but calls no f
+        for call in calls:
+            if not re.search(rf"(?<!\w){re.escape(call['function']['name'])}(?!\w)", rest):
+                raise DataError(
+                    f"{place}the chat template leaves the tool call of message {number} out.",
+                    have=f"a call of {call['function']['name']}",
+                    remedy="use a model or a template that knows tools, or take such records out",
+                    why="a tool call that the template leaves out",
+                )
 
     def _marked(self, rendered: Rendered, chosen: set[int], headers: _Headers) -> list[Span]:
         """The template's own spans, without a header in them, and the token that ends the turn where it follows one."""
@@ -214,41 +253,6 @@ def _turns(rendered: Rendered, messages: Messages, place: str) -> dict[int, Span
 def _own(rendered: Rendered, piece: Piece, before: Span) -> bool:
     """Whether only blanks of nobody else stand between two parts of a message."""
     return not rendered.text[before[1] : piece.start].strip()
-
-
-def _check_whole(rendered: Rendered, messages: Messages, turns: dict[int, Span], place: str, *, marked: bool) -> None:
-    """Refuse what a template would do silently: leave out what the assistant says or the tools it calls, or write the answer of a
-    tool into the assistant's turn (where the template does not mark what is generated)."""
-    for number, message in enumerate(messages):
-        text = rendered.text[slice(*turns[number])] if number in turns else ""
-        if message["role"] == "assistant":
-            _check_said(message, text, f"{place}: ", number + 1)
-        elif number and not text and not marked and message["content"].strip() and _within(rendered.text, turns, messages, number):
-            raise DataError(
-                f"{place}: the chat template writes message {number + 1} ({message['role']}) into the assistant's turn before it.",
-                remedy="use a chat template with {% generation %} around what the assistant says",
-                why="a message within the assistant's turn",
-            )
-
-
-def _check_said(message: dict[str, Any], text: str, place: str, number: int) -> None:
-    for call in message.get("tool_calls", ()):
-        if call["function"]["name"] not in text:
-            raise DataError(
-                f"{place}the chat template leaves the tool call of message {number} out.",
-                have=f"a call of {call['function']['name']}",
-                remedy="use a model or a template that knows tools, or take such records out",
-                why="a tool call that the template leaves out",
-            )
-    said = message["content"].rpartition("</think>")[2].strip()
-    if said and said not in text and not message.get("tool_calls"):
-        raise DataError(
-            f"{place}the chat template leaves out or changes what the assistant says in message {number}.",
-            ask=repr(said[:60]),
-            have=repr(text[:60]),
-            remedy="use another chat template, or take such records out",
-            why="words of the assistant that the template leaves out",
-        )
 
 
 def _within(text: str, turns: dict[int, Span], messages: Messages, number: int) -> bool:

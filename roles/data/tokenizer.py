@@ -118,11 +118,13 @@ class Tokenizer:
             spans: of each text, in characters, ascending.
             special: let the tokenizer add what begins and ends a text (bos); templates write that themselves.
         """
-        if self._words is None or special:
+        if special and self._around is None:
             return self._aligned(texts, spans, special)
         self._compare(texts)
         if self._words is None:
             return self._aligned(texts, spans, special)
+        if special and self._around != ([], []):
+            return [self._wrapped(*pair) for pair in self.encode(texts, spans)]
         found = self._words.encode(texts, [[cut for span in own for cut in span] for own in spans])
         trained = np.zeros(len(found.tokens), dtype=np.bool_)
         result: list[tuple[Int32, Bool]] = []
@@ -134,6 +136,24 @@ class Tokenizer:
         for number, pair in zip(rest, self._aligned([texts[each] for each in rest], [spans[each] for each in rest], False), strict=True):
             result[number] = pair
         return result
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]] | None:
+        """What the tokenizer puts before and after every text, or None where it does more than that."""
+        if self._fast is None:
+            return None
+        around = self._fast.encode("", add_special_tokens=True).ids
+        for text in ("a b", "Zürich, 2 x", "\n"):
+            inner, whole = (self._fast.encode(text, add_special_tokens=special).ids for special in (False, True))
+            cuts = [cut for cut in range(len(around) + 1) if around[:cut] + inner + around[cut:] == whole]
+            if not cuts:
+                return None
+        return around[: cuts[0]], around[cuts[0] :]
+
+    def _wrapped(self, tokens: Int32, trained: Bool) -> tuple[Int32, Bool]:
+        before, after = self._around or ([], [])
+        whole = np.concatenate([np.array(before, np.int32), tokens, np.array(after, np.int32)])
+        return whole, np.concatenate([np.zeros(len(before), np.bool_), trained, np.zeros(len(after), np.bool_)])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rolecall.protocols import DataError, ModelError
 from rolecall.roles.data.encode import Encoder
-from rolecall.roles.data.records import Conversation
+from rolecall.roles.data.records import Completion, Conversation, Preference, Question, Text
 from rolecall.roles.data.report import Report
 from rolecall.roles.data.turns import MARK
 
@@ -131,6 +131,15 @@ def test_each_turn_as_it_was_sampled():
     muted = Conversation(messages=tuple(message | {"weight": 0} if message["role"] == "assistant" else message for message in TALK))
     with pytest.raises(DataError, match="no token of the record is trained"):
         Encoder(words, train="each").encode(muted)
+
+
+def test_tokens_that_end_turns_within_a_message_are_noted():
+    """They get the same ids as elsewhere, which may be what was meant or an accident of the data."""
+    report = Report()
+    talk = ({"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "A token."})
+    (found,) = Encoder(tokenizer("chatml")).encode_all([Conversation(messages=talk, place="t:1")], report)
+    assert said(found.tokens, found.trained, tokenizer("chatml")) == ["A token.<|im_end|>"]
+    assert report.counts == {("noted", "a token that ends turns within a message"): 1}
 
 
 def test_thinking_that_is_left_out_is_noted():
@@ -282,3 +291,69 @@ def test_templates_that_teach_no_end_are_known():
 
 def test_the_template_files_are_all_tested():
     assert {path.stem for path in TEMPLATES.glob("*.jinja")} == set(PLAIN)
+
+
+# texts without a template
+
+MARKS = [("<s>", 1), ("<|endoftext|>", 0)]
+
+
+@pytest.mark.parametrize("wrapped", ["", "<s> $A", "<s> $A <|endoftext|>"])
+def test_plain_texts_and_completions(wrapped: str):
+    """What the tokenizer begins texts with is kept; the end of text is added once, and trained."""
+    import copy
+
+    from tokenizers import processors
+
+    words = copy.deepcopy(tokenizer())
+    if wrapped:
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=wrapped, special_tokens=[("<s>", 1), ("<|endoftext|>", 0)]
+        )
+    begin, end = [1] if wrapped else [], [words.eos_token_id]
+    ids = lambda text: [*words(text)["input_ids"], *([] if "endoftext" in wrapped else end)]  # noqa: E731
+    encoder = Encoder(words, plain=True)
+    text = encoder.encode(Text(text="It can't find the way."))
+    inner = words("It can't find the way.", add_special_tokens=False)["input_ids"]
+    assert text.tokens.tolist() == ids("It can't find the way.") == begin + inner + end
+    assert text.trained.tolist() == [False] + [True] * (len(inner) + len(begin))
+    for prompt, completion in (("The answer is", " 42."), ("def main():\n", "print(1)"), ("The ans", "wer is 42"), ("A: ", "yes")):
+        found = encoder.encode(Completion(prompt=prompt, completion=completion))
+        assert found.tokens.tolist() == ids(prompt + completion)
+        assert words.decode(found.tokens[found.trained], skip_special_tokens=False).strip() in f"{completion}<|endoftext|>".strip()
+        assert found.trained[-1]
+    pair = encoder.encode(Preference(prompt="The answer is", chosen=" 42.", rejected=" 41."))
+    assert words.decode(pair.chosen.tokens[: pair.shared], skip_special_tokens=True) == "The answer is"
+
+
+def test_an_instruction_is_templated_unless_it_is_plain():
+    words = tokenizer("chatml")
+    record = Completion(prompt="Who?", completion="Me.")
+    found = Encoder(words, system="Be.").encode(record)
+    assert said(found.tokens, found.trained, words) == ["Me.<|im_end|>"]
+    assert words.decode(found.tokens).startswith("<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n")
+    talk = Completion(prompt=TALK[:4], completion=(TALK[4],))  # what the prompt holds of the assistant is not trained
+    found = Encoder(words).encode(talk)
+    assert said(found.tokens, found.trained, words) == ["Second answer.<|im_end|>"]
+
+
+def test_a_question_ends_where_the_assistant_begins():
+    words = tokenizer("qwen3")
+    record = Question(prompt=TALK[:2], tools=TOOLS, options={"enable_thinking": False})
+    found = Encoder(words, suffix=" Briefly.").encode(record)
+    expected = [TALK[0], {"role": "user", "content": "One? Briefly."}]
+    ids = words.apply_chat_template(expected, tools=list(TOOLS), add_generation_prompt=True, enable_thinking=False, return_dict=False)
+    assert found.tokens.tolist() == ids
+    assert not found.trained.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_sides_of_a_preference_share_what_comes_before_them(name: str):
+    words = tokenizer(name)
+    answers = [({"role": "assistant", "content": text},) for text in ("Good answer.", "Good, but worse, answer.")]
+    pair = Encoder(words).encode(Preference(prompt=TALK[:4], chosen=answers[0], rejected=answers[1]))
+    assert np.array_equal(pair.chosen.tokens[: pair.shared], pair.rejected.tokens[: pair.shared])
+    assert pair.chosen.trained.argmax() == pair.rejected.trained.argmax() == pair.shared
+    assert len(said(pair.chosen.tokens, pair.chosen.trained, words)) == 1
+    for side, text in ((pair.chosen, "Good answer."), (pair.rejected, "Good, but worse, answer.")):
+        assert text in said(side.tokens, side.trained, words)[0]
