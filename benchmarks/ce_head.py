@@ -161,7 +161,8 @@ def report(options: Any, shapes: Any, results: Any, shares: Any, rates: gpu.Rate
                 ratio = timings[peer].median / own
                 targets[f"{label}: at least {least}x {peer}"] = (ratio, ratio >= least)
         details[f"floor of {label}, ms"] = round(floors[shape], 2)
-        details[f"ms at {label}"] = {name: round(each.median * 1e3, 3) for name, each in timings.items()}
+        if shape != shapes[0]:
+            details[f"ms at {label}"] = {name: round(each.median * 1e3, 3) for name, each in timings.items()}
         details[f"MB above the gradients at {label}"] = {name: round(each, 1) for name, each in above.items()}
     whole = shares["0% ignored"].median
     for share in IGNORED:

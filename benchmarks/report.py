@@ -13,6 +13,7 @@ from typing import Any
 
 from plots import INK, OTHERS, OURS, axes, number, save, table
 
+COLUMNS = 2  # further figures of each contender that stand beside its time
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Benchmarks
 
@@ -55,7 +56,8 @@ def section(result: dict[str, Any], docs: Path) -> str:
     own = next((each for each in spread if each not in result["peers"]), "rolecall")
     details = result.get("details", {})
     each = {name: found for name, found in details.items() if isinstance(found, dict) and found.keys() <= {own, *result["peers"]}}
-    columns = {name: found for name, found in each.items() if all(isinstance(value, int | float) for value in found.values())}
+    figures = {name: found for name, found in each.items() if all(isinstance(value, int | float) for value in found.values())}
+    columns = figures if len(figures) <= COLUMNS else {}
     rows = []
     for who, value, times in [(own, result["ours"], 1), *((peer, value, ratio.get(peer, "")) for peer, value in result["peers"].items())]:
         between = f"{number(spread[who][0])} – {number(spread[who][1])}" if who in spread else ""
@@ -63,12 +65,13 @@ def section(result: dict[str, Any], docs: Path) -> str:
         rows.append((f"**{who}**" if who == own else who, number(value), between, number(times), *more))
     if result.get("limit") is not None:
         rows.append(("physical limit", number(result["limit"]), "", number(result["limit"] / result["ours"]), *("" for _ in columns)))
-    texts = [f"- {who}: {text}" for name, found in each.items() if name not in columns for who, text in found.items()]
+    texts = [f"- {who}: {text}" for name, found in each.items() if name not in figures for who, text in found.items()]
     made = " ".join(f"{package} {version}" for package, version in result.get("versions", {}).items() if version != "missing")
     parts = [
         f"### On {result['device']}{', ' + result['date'] if 'date' in result else ''}",
         f"{result['workload']}.",
         table(("", unit, "quickest – slowest", "× ours", *(name.replace("_", " ") for name in columns)), rows),
+        "" if columns else _figures(figures, [own, *result["peers"]]),
         "\n".join(texts),
         f"![{name}](plots/{name}.svg)",
         _targets(result),
@@ -78,6 +81,12 @@ def section(result: dict[str, Any], docs: Path) -> str:
     ]
     _plot(result, own, docs / "plots" / f"{name}.svg")
     return "\n\n".join(part for part in parts if part)
+
+
+def _figures(figures: dict[str, Any], who: list[str]) -> str:
+    """More than fit beside the times: a table of their own, one a row."""
+    rows = [(name.replace("_", " "), *(number(found.get(each, "")) for each in who)) for name, found in figures.items()]
+    return table(("", *who), rows) if rows else ""
 
 
 def _targets(result: dict[str, Any]) -> str:
