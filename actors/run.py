@@ -232,12 +232,15 @@ class Run:
         )
 
     def report(self, before: Evaluation, after: Evaluation, checkpoint: str) -> None:
-        """Print what was learned: accuracy before and after, sample completions, where everything is."""
+        """Print what was learned: accuracy before and after, sample completions, what became of the records, where everything is."""
         if self._progress is not None:
             self._progress.close()
         from rolecall.actors.progress import show_report
 
-        show_report(before, after, {"checkpoint": checkpoint, "run folder": str(self.folder)}, time.monotonic() - self._started)
+        records = {group.name: _added(group.all.report().result()) for group in self._groups if "report" in group.verbs}
+        places = {"checkpoint": checkpoint, "run folder": str(self.folder)}
+        places |= {f"records of {name}": ", ".join(f"{count} {what}" for what, count in found.items()) for name, found in records.items()}
+        show_report(before, after, places, time.monotonic() - self._started)
         (self.folder / "result.json").write_text(
             json.dumps(
                 {
@@ -245,9 +248,20 @@ class Run:
                     "after": after.mean,
                     "seconds": round(time.monotonic() - self._started, 1),
                     "count": len(after.values),
+                    "records": records,
                 }
             )
         )
+
+
+def _added(reports: list[dict[str, int]]) -> dict[str, int]:
+    """What became of records, added up over the members; of each reason the first place is kept."""
+    found: dict[str, tuple[str, int]] = {}
+    for what, count in (item for report in reports for item in report.items()):
+        reason = what.partition(" (first: ")[0]
+        first, so_far = found.get(reason, (what, 0))
+        found[reason] = (first, so_far + count)
+    return dict(found.values())
 
 
 def _script(args: RunArgs) -> str:

@@ -18,6 +18,7 @@ from rolecall.examples import sft, sft_grpo
 from rolecall.kernels.losses import nll
 from rolecall.roles.base import Member
 from rolecall.roles.data import Documents
+from rolecall.roles.data.report import Report
 from rolecall.roles.packing import token_mean, weigh
 from rolecall.roles.policy import Policy
 from safetensors.numpy import load_file
@@ -92,6 +93,9 @@ def test_one_run(whole: Path, tiny: str) -> None:
     assert {"policy/tokens_per_s", "policy/tflops", "data/wait_share", "policy/learning_rate"} <= steps[1].keys()
     assert [line["policy/learning_rate"] for line in steps] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]), "a warmup, then a cosine"
     assert all(line["policy/loss"] > 0 for line in steps)
+    told = json.loads((whole / "result.json").read_text())["records"]["data"]
+    assert told["read"] >= told["used"] > 0
+    assert told["read"] == sum(count for word, count in told.items() if word.startswith(("used", "dropped")))
     assert running.changed(tiny, whole / "checkpoints" / "step-000002" / "policy") > 1e-4
 
 
@@ -152,7 +156,7 @@ def test_the_gradient_is_that_of_one_big_batch(tiny: str) -> None:
 
 def padded(feed: Documents, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The records of the first block one a row, as the ecosystem does it: labels of -100 where nothing is trained."""
-    encoded = feed._encoded(feed._ready().at(0, count))
+    encoded = feed._encoded(feed._ready().at(0, count), Report())
     width = max(map(len, encoded))
     tokens, labels = torch.full((len(encoded), width), 3), torch.full((len(encoded), width), -100)
     for row, one in enumerate(encoded):
