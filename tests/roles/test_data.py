@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rolecall.protocols import DataError, check
+from rolecall.protocols import DataError, Prompts, check, encode
 from rolecall.roles.base import Member
 from rolecall.roles.data import Data, Mix, ReasoningGym, Records
 from rolecall.roles.data.ahead import Ahead
@@ -338,3 +338,20 @@ def test_a_file_of_json_lines(make, tmp_path: Path):
     prompts = make(file, shuffle=False).prompts(2)
     assert prompts.texts == ("a?", "b?")
     assert prompts.columns == {"answer": (1, 2)}
+
+
+def test_what_cannot_travel_in_a_message_goes_in_words() -> None:
+    """gsm_symbolic keeps fractions in its metadata, in some of its problems."""
+    source = ReasoningGym("gsm_symbolic", size=300, completion="answer_cot")
+    for _, record in source.records(repeats=True):
+        columns = {name: (record[name],) for name in ("answer", "metadata")}
+        encode(
+            Prompts(
+                keys=np.zeros(1, np.int64),
+                ids=("a",),
+                tokens=np.zeros(1, np.int32),
+                cu_seqlens=np.array([0, 1], np.int64),
+                texts=(record["prompt"],),
+                columns=columns,
+            )
+        )

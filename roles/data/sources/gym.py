@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import random
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,7 @@ class ReasoningGym(msgspec.Struct, frozen=True):
             idle = 0 if new else idle + 1
             if new or repeats:
                 given += 1
-                metadata = entry.get("metadata", {})
+                metadata = _plain(entry.get("metadata", {}))
                 columns = {"answer": entry["answer"], "metadata": metadata, "data_source": f"reasoning_gym/{self.task}"}
                 yield f"{self.task} {draw}", {"prompt": entry["question"], **self._worked(entry), **columns}
             if given == self.size:
@@ -92,6 +93,16 @@ class ReasoningGym(msgspec.Struct, frozen=True):
             return reasoning_gym.create_dataset(self.task, **self.config, seed=seed, size=self.size)
         except (AssertionError, ValueError, TypeError) as error:
             raise DataError(f"The task {self.task} refuses its settings: {error}.", ask=str(self.config)) from error
+
+
+def _plain(value: Any) -> Any:
+    """The same of what can travel in a message; anything else (the fractions of gsm_symbolic, say) in words."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else [_plain(item) for item in value]
+    known = value is None or isinstance(value, str | int | float | bytes | datetime.date) or hasattr(value, "dtype")
+    return value if known else str(value)
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
