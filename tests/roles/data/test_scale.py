@@ -16,22 +16,28 @@ MEMORY = 400 << 20  # bytes above what the imports take: windows of three source
 LINE = b'{"n": %d, "messages": [{"role": "user", "content": "What is %d plus one?"}, {"role": "assistant", "content": "It is %d."}]}\n'
 
 READ = """
-import json, resource, sys, time
+import json, sys, time
 import numpy as np
 import pyarrow.parquet
 from rolecall.roles.data import Files, Mix, Stream
 
 folder, epochs = sys.argv[1], float(sys.argv[2])
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory(word):
+    # kilobytes of this process alone: getrusage still counts the process that started it
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(word)))
+
+
+base = memory("VmRSS:")
 sources = {"lines": folder + "/*.jsonl", "packed": folder + "/*.jsonl.gz", "table": folder + "/*.parquet"}
 started = time.perf_counter()
 stream = Stream(Mix(sources, epochs=dict.fromkeys(sources, epochs)), seed=3)
 seen = np.zeros(stream.length, np.uint8)
 for raw in stream.at():
     seen[raw.columns["n"]] += 1
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({
-    "records": stream.length, "once": int((seen == 1).sum()), "grown": (peak - base) * 1024, "array": seen.nbytes,
+    "records": stream.length, "once": int((seen == 1).sum()), "grown": (memory("VmHWM:") - base) * 1024, "array": seen.nbytes,
     "seconds": round(time.perf_counter() - started, 1),
 }))
 """
