@@ -98,8 +98,7 @@ class HuggingFace(Contender):
         attention: name of an attention of transformers, or "varlen".
         compiled: torch.compile of every layer and of the loss.
         liger: Liger's kernels, fused head and loss included.
-        lora: rank of peft's adapters on all linear layers, made anew; 0 for none.
-        adapter: folder of adapters to go on from; "" for none.
+        adapter: folder of peft's adapters to go on from; "" for none.
         checkpointing: recompute each layer in the backward pass, as their trainers do where memory is short.
     """
 
@@ -114,7 +113,6 @@ class HuggingFace(Contender):
         attention: str = "varlen",
         compiled: bool = False,
         liger: bool = False,
-        lora: int = 0,
         adapter: str = "",
         checkpointing: bool = False,
         device: str = "cuda:0",
@@ -133,12 +131,12 @@ class HuggingFace(Contender):
             self._patches = _apply_liger(net, self._modeling)
         if checkpointing:
             net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if lora or adapter:
-            net = _adapted(net, lora, adapter)
+        if adapter:
+            net = _adapted(net, adapter)
         if compiled:
             for layer in net.get_decoder().layers:
-                layer.compile()
-            net.loss_function = torch.compile(net.loss_function)
+                layer.compile(dynamic=True)  # micro-batches differ in their tokens
+            net.loss_function = torch.compile(net.loss_function, dynamic=True)
         self.net = net
         self.trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=RATE, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
@@ -192,15 +190,12 @@ def _put(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _adapted(net: Any, rank: int, folder: str) -> Any:
-    """peft's adapters on all linear layers but the head, in the model's dtype: those in the folder, or new ones."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+def _adapted(net: Any, folder: str) -> Any:
+    """The adapters in the folder, in the model's dtype."""
+    from peft import PeftModel
 
     net.enable_input_require_grads()
-    if folder:
-        return PeftModel.from_pretrained(net, folder, is_trainable=True, autocast_adapter_dtype=False)
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(net, settings, autocast_adapter_dtype=False)
+    return PeftModel.from_pretrained(net, folder, is_trainable=True, autocast_adapter_dtype=False)
 
 
 def _register_varlen() -> None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rolecall.kernels.packing import OpenRows, pack_rows
+from rolecall.kernels.packing import OpenRows
 from rolecall.protocols.messages import PackedBatch
 
-SHORTEST, SPARE = 2, 8  # a document has something to predict; rows are chosen out of so many times what is asked for
+SHORTEST = 2  # a document has something to predict
 
 
 @dataclass(frozen=True)
@@ -125,19 +125,10 @@ class Rows:
 
 
 def rows_of(law: Law, rows: int, capacity: int, vocab: int, seed: int) -> Rows:
-    """Random documents of a law packed into so many rows, as best-fit decreasing packs a larger lot; rows are drawn at random from it."""
-    random = np.random.default_rng(seed)
-    mean = float(law.draw(random, 10_000).mean())
-    sizes = law.draw(random, max(rows * SPARE, int(rows * SPARE * capacity / mean)))
-    packed = pack_rows(sizes, capacity)
-    fullness = np.array([sizes[row].sum() for row in packed])
-    full = np.flatnonzero(fullness >= min(0.995 * capacity, np.sort(fullness)[-rows]))
-    chosen = random.choice(full, rows, replace=False)
-    return Rows([[random.integers(4, vocab, sizes[each], dtype=np.int32) for each in packed[row]] for row in chosen.tolist()], capacity)
+    """Random documents of a law in the rows that on-line best fit closes one after the other, once as many as it keeps open are filled.
 
-
-def packed_on_the_fly(law: Law, rows: int, capacity: int, vocab: int, seed: int) -> list[list[np.ndarray]]:
-    """Random documents of a law in the rows that on-line best fit closes one after the other, once as many as it keeps open are filled."""
+    So rows have long and short documents as the stream has them; of rows packed off-line, the last ones have all that are short.
+    """
     random = np.random.default_rng(seed)
     packer, closed, lengths = OpenRows(capacity), list[list[int]](), list[int]()
     while len(closed) < rows + packer.open_rows:
@@ -145,4 +136,4 @@ def packed_on_the_fly(law: Law, rows: int, capacity: int, vocab: int, seed: int)
             closed += packer.add(length, len(lengths))
             lengths.append(length)
     kept = closed[packer.open_rows : packer.open_rows + rows]
-    return [[random.integers(4, vocab, lengths[each], dtype=np.int32) for each in row] for row in kept]
+    return Rows([[random.integers(4, vocab, lengths[each], dtype=np.int32) for each in row] for row in kept], capacity)

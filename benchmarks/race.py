@@ -1,13 +1,15 @@
 """Contenders of the training benchmarks in turn: exactness first, then whole optimiser steps, their memory, and their share of the floor.
 
-Each round every contender makes one untimed step (its memory comes back from the others) and then timed ones over varying batches.
-Compilation and warming up are outside the figures, and reported.
+Each round every contender makes timed steps over varying batches; nothing is given back to the driver in between. Compilation and
+warming up are outside the figures, and reported. A contender that fails, or finds no time left, is missing in the result and
+ends nothing; what is known is printed as soon as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import time
 import traceback
@@ -62,20 +64,24 @@ def held() -> int:
 
 
 def start(make: Callable[[], Contender], lots: Sequence[Rows], base: int) -> tuple[Contender, Result]:
-    """Make a contender, measure loss and norm of the first lot, let it compile on all lots, and note its memory."""
+    """Make a contender, measure loss and norm of the first lot, let it compile on all lots, and note its memory at the last.
+
+    Args:
+        make: makes it.
+        lots: batches.
+        base: bytes that others hold on the device.
+    """
     began = time.perf_counter()
     contender = make()
     result = Result(about=contender.about)
     result.loss, result.norm = contender.loss_and_norm(lots[0])
     for lot in lots:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         contender.step(lot)
     sync()
     result.first = time.perf_counter() - began
     if torch.cuda.is_available():
-        clean()
-        torch.cuda.reset_peak_memory_stats()
-        contender.step(lots[0])
-        sync()
         result.memory = (torch.cuda.max_memory_allocated() - base) / GIB
     return contender, result
 
@@ -87,40 +93,54 @@ def race(
     rounds: int,
     steps: Mapping[str, int],
     missing: dict[str, str],
-    warm: bool = True,
+    until: float = float("inf"),
 ) -> dict[str, Result]:
     """Time the contenders; those that fail go to `missing` with the reason.
 
     Args:
         makers: name → what makes it. They are all kept, so that they can take turns.
         lots: batches, used in turn.
+        rounds: alternations; fewer where the time is over.
         steps: timed steps of each contender in a round.
-        warm: an untimed step goes first in every round.
+        until: time.monotonic() from which on no other contender is made and no other round begun.
     """
     running: dict[str, Contender] = {}
     results: dict[str, Result] = {}
     for name, make in makers.items():
+        if running and time.monotonic() > until:
+            missing[name] = "no time was left"
+            continue
         try:
             running[name], results[name] = start(make, lots, held())
             print(f"{name}: ready after {results[name].first:.1f} s, loss {results[name].loss:.5f}, norm {results[name].norm:.5f}, "
                   f"peak {results[name].memory:.2f} GiB", flush=True)  # fmt: skip
         except Exception as error:  # a peer that fails is a result, not the end of the run
             traceback.print_exc(limit=6)
-            missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+            missing[name] = _reason(error)
         clean()
     for number in range(rounds):
-        for name in list(running) if number % 2 == 0 else reversed(list(running)):
-            results[name].seconds.append(timed(running[name], lots, number, steps[name], warm=warm))
-        clean()
+        if number and time.monotonic() > until:
+            break
+        for name in list(running) if number % 2 == 0 else list(reversed(running)):
+            try:
+                results[name].seconds.append(timed(running[name], lots, number, steps[name]))
+            except Exception as error:
+                traceback.print_exc(limit=6)
+                missing[name] = f"round {number}: {_reason(error)}"
+                running.pop(name).close()
+        print(f"round {number}, seconds a step: " + ", ".join(f"{name} {results[name].seconds[-1]:.4f}" for name in running), flush=True)
     for contender in running.values():
         contender.close()
-    return results
+    return {name: result for name, result in results.items() if name in running}
 
 
-def timed(contender: Contender, lots: Sequence[Rows], number: int, steps: int, *, warm: bool = True) -> float:
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def timed(contender: Contender, lots: Sequence[Rows], number: int, steps: int) -> float:
     """Seconds of a step; every contender sees the same lots in the same rounds when they make equally many steps."""
-    if warm:
-        contender.step(lots[number % len(lots)])
     sync()
     began = time.perf_counter()
     for step in range(steps):
@@ -134,20 +154,35 @@ def timings(results: Mapping[str, Result]) -> dict[str, Timing]:
     return {name: Timing(tuple(result.seconds)) for name, result in results.items()}
 
 
-def agree(results: Mapping[str, Result], ours: str, *, loss: float, norm: float) -> dict[str, float]:
-    """Largest relative differences of loss and gradient norm between ours and the peers.
+def gaps(results: Mapping[str, Result], ours: str) -> dict[str, float]:
+    """Largest relative differences of loss and gradient norm between ours and the peers; infinite where a number is not finite."""
+    own, found = results[ours], {"loss": 0.0, "norm": 0.0}
+    for result in results.values():
+        for kind, mine, theirs in (("loss", own.loss, result.loss), ("norm", own.norm, result.norm)):
+            gap = abs(mine - theirs) / max(abs(theirs), 1e-12)
+            found[kind] = max(found[kind], gap if math.isfinite(gap) else math.inf)
+    return found
+
+
+def exactly(results: Mapping[str, Result], ours: str) -> dict[str, float]:
+    """`gaps` in float32, for the result's details.
 
     Raises:
-        SystemExit: one is beyond its tolerance, or a number is not finite.
+        SystemExit: one is beyond `EXACT_TOLERANCE`: nothing is timed then.
     """
-    own, gaps = results[ours], {"loss": 0.0, "norm": 0.0}
-    for name, result in results.items():
-        for kind, found, expected, limit in (("loss", own.loss, result.loss, loss), ("norm", own.norm, result.norm, norm)):
-            gap = abs(found - expected) / max(abs(expected), 1e-12)
-            if not gap <= limit:
-                raise SystemExit(f"{ours} and {name} disagree: {kind} {found} and {expected}, {gap:.1e} apart, {limit:g} at most")
-            gaps[kind] = max(gaps[kind], gap)
-    return gaps
+    found = gaps(results, ours)
+    if max(found.values()) > EXACT_TOLERANCE:
+        each = {name: (result.loss, result.norm) for name, result in results.items()}
+        raise SystemExit(f"{ours} and its peers disagree by {found}, {EXACT_TOLERANCE:g} at most: loss and norm {each}")
+    return {f"{kind} gap, float32": float(f"{gap:.2g}") for kind, gap in found.items()}
+
+
+def nearly(results: Mapping[str, Result], ours: str) -> tuple[dict[str, float], dict[str, tuple[float, bool]]]:
+    """`gaps` in bfloat16, for the result's details, and as targets to be met."""
+    limits = {"loss": LOSS_TOLERANCE, "norm": NORM_TOLERANCE}
+    found = {kind: float(f"{gap:.2g}") for kind, gap in gaps(results, ours).items()}
+    wanted = {f"{kind} within {limits[kind]:g} of the peers'": (gap, gap <= limits[kind]) for kind, gap in found.items()}
+    return {f"{kind} gap, bfloat16": gap for kind, gap in found.items()}, wanted
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -157,6 +192,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--look", action="store_true", help="ours alone, and where the time of a step goes")
     parser.add_argument("--only", default="", help="names of contenders, separated by commas; all if empty")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="alternations, at least 5")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after so long no other contender is made and no other round begun")
     parser.add_argument("--rows-per-pass", type=int, default=0, help="rows of ours in one pass; 0 for the default of the model")
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
     return parser

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,15 +22,13 @@ from gpu import both, require_gpu
 from harness import finish
 from models import KNOWN, TINY, build, small
 from race import (
-    EXACT_TOLERANCE,
-    LOSS_TOLERANCE,
-    NORM_TOLERANCE,
-    agree,
     chosen,
     clean,
+    exactly,
     figures,
     look,
     measured,
+    nearly,
     options,
     race,
     start,
@@ -37,11 +36,11 @@ from race import (
     work,
 )
 
-ROWS, CAPACITY, LOTS = 8, 8192, 6
+ROWS, CAPACITY, LOTS = 8, 8192, 3
 LAWS = {"lognormal": Law(6.5, 0.8, CAPACITY), "whole": whole(CAPACITY)}
 OWN, PEER = "rolecall", "transformers + Liger"
-STEPS, PEER_STEPS = 6, 2  # timed, each round
-PER_PASS = {"Qwen3-0.6B": 2, "Gemma3-1B": 2, "SmolLM2-135M": 4}  # rows of ours at a time
+STEPS, PEER_STEPS = 6, 1  # timed, each round: 30 of ours in five rounds
+PER_PASS = {"Qwen3-0.6B": 4, "Gemma3-1B": 2, "SmolLM2-135M": 4}  # rows of ours at a time
 SPEED = {("Qwen3-0.6B", "lognormal"): 113e3, ("Qwen3-0.6B", "whole"): 74e3}  # tokens/s that were set as targets
 MFU, TIMES = 60.0, 1.5  # per cent of the measured matrix product; times the best peer with Liger
 PACKAGES = ("rolecall", "torch", "triton", "transformers", "liger-kernel")
@@ -55,9 +54,9 @@ def makers(name: str, folder: Path, micro: int, device: str, attention: str) -> 
     packed = "padding-free (flattening collator), FlashAttention 2 of torch, bfloat16, fused AdamW"
     return {
         OWN: partial(ours, model, micro, device),
+        liger: partial(peer, liger, f"{packed}; Liger's norms, rotary, SwiGLU, fused head and loss", micro=(4, 2, 1), liger=True),
         plain: partial(peer, plain, packed, micro=(2, 1)),
         fused: partial(peer, fused, f"{packed}; layers and loss compiled", micro=(2, 1), compiled=True),
-        liger: partial(peer, liger, f"{packed}; Liger's norms, rotary, SwiGLU, fused head and loss", micro=(4, 2, 1), liger=True),
     }
 
 
@@ -77,11 +76,14 @@ def lots_of(args: argparse.Namespace) -> list[Rows]:
 
 
 def exact(name: str, folder: Path, device: str, attention: str) -> dict[str, float]:
-    """Ours against transformers in float32 on a small model of the same kind: loss and gradient norm of packed rows."""
+    """Ours against transformers in float32 on a small model of the same kind: loss and gradient norm of packed rows.
+
+    Not compiled: what the real run compiles would be made for the shapes of both.
+    """
     model = build(name, folder / "small", dtype="float32", **small(name))
     lots = [rows_of(Law(4.0, 0.8, 256), 4, 256, 512, seed=9)]
     pair = {
-        OWN: partial(Ours, OWN, "", model, device=device, dtype="float32", rows_per_pass=2, compile=device != "cpu"),
+        OWN: partial(Ours, OWN, "", model, device=device, dtype="float32", rows_per_pass=2),
         "transformers": partial(HuggingFace, "transformers", "", model, form=Rows.flattened, device=device, attention=attention,
                                 dtype="float32"),
     }  # fmt: skip
@@ -91,25 +93,24 @@ def exact(name: str, folder: Path, device: str, attention: str) -> dict[str, flo
         contender.close()
     del contender
     clean()
-    return {kind: float(f"{gap:.2g}") for kind, gap in agree(results, OWN, loss=EXACT_TOLERANCE, norm=EXACT_TOLERANCE).items()}
+    return exactly(results, OWN)
 
 
 def measure(args: argparse.Namespace, folder: Path, device: str, attention: str) -> None:
     """The race, the table and the JSON line."""
-    lots = lots_of(args)
-    gaps = exact(args.model, folder, device, attention)
+    lots, until = lots_of(args), time.monotonic() + args.seconds
+    apart = exact(args.model, folder, device, attention)
     before = measured()
     missing: dict[str, str] = {}
     entrants = chosen(makers(args.model, folder, args.rows_per_pass or PER_PASS[args.model], device, attention), args.only)
-    results = race(
-        entrants, lots, rounds=args.rounds, steps={name: STEPS if name == OWN else PEER_STEPS for name in entrants}, missing=missing
-    )
+    steps = {name: STEPS if name == OWN else PEER_STEPS for name in entrants}
+    results = race(entrants, lots, rounds=args.rounds, steps=steps, missing=missing, until=until)
     rate = both(before, measured())
-    near = {f"{kind} gap, bfloat16": gap for kind, gap in agree(results, OWN, loss=LOSS_TOLERANCE, norm=NORM_TOLERANCE).items()}
+    near, targets = nearly(results, OWN)
     tokens, flops = work(lots, str(folder))
     columns = figures(results, tokens, flops, rate.matmul)
     speed, share = columns["tokens/s"][OWN], columns["MFU % of measured"][OWN]
-    targets = {f"at least {MFU:g} % of the measured matrix product": (share, share >= MFU)}
+    targets[f"at least {MFU:g} % of the measured matrix product"] = (share, share >= MFU)
     if (wanted := SPEED.get((args.model, args.law))) and not args.tiny:
         targets[f"at least {wanted:g} tokens/s"] = (speed, speed >= wanted)
     if PEER in results:
@@ -125,8 +126,8 @@ def measure(args: argparse.Namespace, folder: Path, device: str, attention: str)
         limit=rate.milliseconds(flops),
         missing=missing,
         details={**columns, **rate.details(), "model TFLOP a step": round(flops / 1e12, 1), "tokens a step": round(tokens),
-                 **{f"{kind} gap, float32": gap for kind, gap in gaps.items()}, **near,
-                 "steps of ours": args.rounds * STEPS, "about": {name: result.about for name, result in results.items()}},
+                 **apart, **near, "steps of ours": len(results[OWN].seconds) * STEPS,
+                 "about": {name: result.about for name, result in results.items()}},
         packages=PACKAGES,
         quick=args.tiny,
         out=args.out,

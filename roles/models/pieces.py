@@ -36,6 +36,8 @@ class Pieces:
 
     def __call__(self, blocks: Sequence[Block], norm: RMSNorm, x: Tensor, turns: Sequence[Turn], where: Where) -> Tensor:
         """[R, C, D] embedded tokens to [R, C, D] after the final norm; `turns` are of each block."""
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()  # where adapters alone are trained; else the first pieces would be unlike the others
         q, k, v = self._first(blocks[0], x, *turns[0])
         for number, block in enumerate(blocks):
             mixed = block.attention.mixed(q, k, v, where)
