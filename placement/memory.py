@@ -16,6 +16,7 @@ import msgspec
 from rolecall.placement.pools import nearest
 from rolecall.protocols.errors import ConfigError
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -45,7 +46,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """The sizes of a decoder with gated MLPs and RMS norms (Llama, Mistral, Qwen2, Qwen3)."""
+    """The sizes of a decoder with gated MLPs and RMS norms (Llama, Mistral, Qwen2, Qwen3, Gemma 3)."""
 
     hidden: int  # D
     layers: int  # L
@@ -59,6 +60,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sandwich: bool = False  # norms after attention and MLP too (Gemma 3)
 
     @property
     def parameters(self) -> int:
@@ -66,7 +68,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = 2 * self.hidden * (query + key) + 3 * self.hidden * self.intermediate + 2 * self.hidden
         layer += (query + 2 * key) * self.qkv_bias + self.hidden * self.output_bias
-        layer += (2 * self.intermediate + self.hidden) * self.mlp_bias + 2 * self.head_dim * self.qk_norm
+        layer += (2 * self.intermediate + self.hidden) * self.mlp_bias + 2 * self.head_dim * self.qk_norm + 2 * self.hidden * self.sandwich
         return self.vocab * self.hidden * (1 if self.tied else 2) + self.layers * layer + self.hidden
 
 
@@ -77,8 +79,8 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         ConfigError: a size is missing, or the family is not one of those this counts.
     """
     family = config.get("model_type", "llama")
-    if family not in ("llama", "mistral", "qwen2", "qwen3"):
-        have = "llama, mistral, qwen2, qwen3"
+    if family not in FAMILIES:
+        have = ", ".join(FAMILIES)
         raise ConfigError(
             "The memory of this family of models can't be estimated.", ask=str(family), have=have, remedy="leave the estimate out"
         )
@@ -96,11 +98,12 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         head_dim=config.get("head_dim") or hidden // heads,
         intermediate=config["intermediate_size"],
         vocab=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(config.get("tie_word_embeddings", family == "gemma3_text")),
         qkv_bias=bool(config.get("attention_bias", False)) or family == "qwen2",
         output_bias=bool(config.get("attention_bias", False)) and family != "qwen2",
         mlp_bias=bool(config.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        sandwich=family == "gemma3_text",
     )
 
 

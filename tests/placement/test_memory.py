@@ -20,6 +20,7 @@ LLAMA7B = Shape(hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, int
         ("qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
         ("qwen3", {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True}),
         ("mistral", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+        ("gemma3_text", {"head_dim": 24, "num_key_value_heads": 1}),
     ],
 )
 def test_parameters_are_those_of_the_real_model(family, more):
