@@ -16,6 +16,7 @@ from rolecall.roles.data.sources.unpacking import unpacked
 _RANGE = (1 << 20, 1 << 26)  # bytes of a piece of an uncompressed file: a 16th of the file, within these
 _COUNTABLE = 1 << 28  # local files up to this size have their lines counted, to say where a record stands
 _STEP = 1 << 22  # bytes in which lines are counted
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ": "xz"}  # how compressed files begin
 _SAMPLE = 60  # bytes of a bad line that are shown
 
 Trouble = Literal["refuse", "skip"]
@@ -158,6 +159,13 @@ class LineTable:
 
     def _refusal(self, place: str, raw: bytes, error: Exception) -> DataError:
         have = raw[:_SAMPLE].decode(errors="replace")
+        packed = next((name for magic, name in _MAGIC.items() if raw.startswith(magic)), "")
+        if packed:
+            remedy = f'give it its ending, or say so: Files(…, compression="{packed}")'
+            return DataError(f"{place}: this is no JSON but looks like {packed}.", remedy=remedy)
+        if raw.lstrip().startswith(b"[") and not isinstance(error, NoRecordError):
+            remedy = "write one object a line; one long array can't be streamed"
+            return DataError(f"{place}: this is no JSON line: {error}.", have=have, remedy=remedy)
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in raw[:_SAMPLE]:
             return DataError(f"{place}: the file is not UTF-8 but looks like UTF-16.", remedy="convert it: iconv -f UTF-16 -t UTF-8")
         if isinstance(raw, Long):

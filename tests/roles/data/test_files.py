@@ -164,7 +164,7 @@ BAD = [
         "too long a record",
         r"a\.jsonl:2: the record is longer than 2000 bytes.*longest",
     ),
-    (b'{"n": 1}\n' + b"[" * 1900 + b'\n{"n": 3}\n', "malformed", r"a\.jsonl:2: this is no JSON"),
+    (b'{"n": 1}\n' + b"[" * 1900 + b'\n{"n": 3}\n', "malformed", r"a\.jsonl:2: this is no JSON line.*one long array can't be streamed"),
 ]
 
 
@@ -200,6 +200,14 @@ def test_other_encodings(tmp_path: Path):
     (tmp_path / "wide.jsonl").write_bytes('{"text": "café"}\n'.encode("utf-16"))
     with pytest.raises(DataError, match=r"wide\.jsonl:1: the file is not UTF-8 but looks like UTF-16.*iconv"):
         columns(Files(str(tmp_path / "wide.jsonl")))
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_without_its_ending_is_recognised(tmp_path: Path, ending: str):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(PACKERS[ending](lines(RECORDS)))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: this is no JSON but looks like (\w+)\..*compression=\"\1\""):
+        columns(Files(str(file)))
 
 
 def test_rows_of_a_table_with_too_few_cells(tmp_path: Path):
