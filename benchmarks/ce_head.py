@@ -34,7 +34,8 @@ def contenders(missing: dict[str, str]) -> dict[str, Contender]:
     """Mean loss of each, called with (hidden, head, targets)."""
 
     def ours(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, head, targets) / (targets != -100).sum()
+        counted = targets != -100
+        return linear_cross_entropy(hidden, head, targets, weights=counted / counted.sum())
 
     def torch_whole(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(hidden @ head.T, targets)

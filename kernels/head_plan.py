@@ -10,6 +10,7 @@ measured stands in docs/kernels.md.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROWS, COLUMNS = 128, 256  # of a tile
@@ -41,9 +42,10 @@ class Shape:
     vocab: int
     token_bytes: int
 
-    def bytes(self, rows: int, splits: int) -> int:
-        """What a chunk holds at its peak."""
-        return rows * (self.token_bytes + 4 * self.depth * splits)
+    def bytes(self, chunks: Sequence[Chunk]) -> int:
+        """What is held at the peak: buffers for the largest chunk, and the largest partial sums."""
+        rows, parts = max(chunk.rows for chunk in chunks), max(chunk.rows * chunk.splits for chunk in chunks)
+        return rows * self.token_bytes + 4 * self.depth * parts
 
 
 def plan(shape: Shape, memory: int, rows: int = 0) -> tuple[Chunk, ...]:
@@ -68,20 +70,21 @@ def plan(shape: Shape, memory: int, rows: int = 0) -> tuple[Chunk, ...]:
 @functools.lru_cache(maxsize=4096)
 def _cut(tiles: int, shape: Shape, memory: int) -> tuple[tuple[int, int], ...]:
     """(Rows of tiles, splits) of each chunk; the heights of chunks differ by one at most."""
-    highest = max(1, min(tiles, memory // shape.bytes(ROWS, 1)))
+    highest = max(1, min(tiles, memory // shape.bytes([Chunk(ROWS, 1)])))
     found: tuple[float, tuple[tuple[int, int], ...]] = (float("inf"), ())
     fewest = -(-tiles // highest)
     for count in range(fewest, min(tiles, fewest + MORE) + 1):
         low, more = divmod(tiles, count)
         heights = [low + 1] * more + [low] * (count - more)
-        each = {height: _best(height, shape, memory) for height in {*heights}}
+        left = memory - max(heights) * ROWS * shape.token_bytes
+        each = {height: _best(height, shape, left) for height in {*heights}}
         found = min(found, (sum(each[height][0] for height in heights), tuple((height, each[height][1]) for height in heights)))
     return found[1]
 
 
 def _best(height: int, shape: Shape, memory: int) -> tuple[float, int]:
-    """Seconds of a chunk, and its splits."""
-    within = [splits for splits in range(1, SPLITS + 1) if splits == 1 or shape.bytes(height * ROWS, splits) <= memory]
+    """Seconds of a chunk, and its splits, whose partial sums have `memory` bytes."""
+    within = [splits for splits in range(1, SPLITS + 1) if splits == 1 or 4 * height * ROWS * shape.depth * splits <= memory]
     return min((seconds(height, splits, shape), splits) for splits in within)
 
 

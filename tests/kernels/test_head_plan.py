@@ -33,8 +33,7 @@ def test_chunks_cover_all_tokens_within_the_memory(count, depth, vocab, memory, 
         assert all(chunk.rows == rows for chunk in found[:-1])
         return
     assert all(chunk.rows % ROWS == 0 for chunk in found[:-1]), "only the last chunk has a row of tiles that is not full"
-    least = shape.bytes(ROWS, 1)
-    assert max((shape.bytes(chunk.rows, chunk.splits) for chunk in found), default=0) <= max(memory, least)
+    assert not found or shape.bytes(found) <= max(memory, shape.bytes([Chunk(ROWS, 1)]))
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -43,7 +42,7 @@ def test_large_models_stay_below_the_limit_and_fill_the_waves(size, share):
     count = int(size[0] * share)
     shape = loss_shape(count, *size[1:])
     found = plan(shape, LIMIT)
-    assert max(shape.bytes(chunk.rows, chunk.splits) for chunk in found) <= LIMIT
+    assert shape.bytes(found) <= LIMIT
     heights = {-(-chunk.rows // ROWS) for chunk in found}
     assert max(heights) - min(heights) <= 1, "no chunk is much smaller than the others"
     for naive in range(1, max(heights) + 1):
