@@ -46,7 +46,8 @@ def pack_samples(
 ) -> PackedBatch:
     """Pack completions with their shared prompts into rows of `capacity` slots.
 
-    Trained tokens (K) are ordered by row, those of one sample together. A prompt is copied into as many rows as it needs.
+    Trained tokens (K) are ordered by row, those of one sample together. A prompt is copied into as many rows as it needs. There are
+    no rows where no sample is left.
 
     Args:
         samples: what was sampled.
@@ -56,15 +57,12 @@ def pack_samples(
         reference: logprobs of the same samples under the reference model.
         capacity: slots of a row; a prompt and any one of its completions need at most that.
 
-    Returns the batch; of 0 rows when no sample is left.
-
     Raises:
         DataError: a sample is too long for a row; advantages or weights are not N finite numbers.
         MessageError: samples of a prompt differ in it or have none; `reference` answers other samples.
     """
-    number = len(samples.prompt_lengths)
-    advantage = _per_sample("advantages", advantages, 0.0, number)
-    weight = _per_sample("weights", weights, 1.0, number)
+    advantage = _per_sample("advantages", advantages, 0.0, len(samples.prompt_lengths))
+    weight = _per_sample("weights", weights, 1.0, len(samples.prompt_lengths))
     _check_reference(samples, reference)
     starts, prompts = samples.cu_seqlens[:-1], samples.prompt_lengths.astype(np.int64)
     trained = np.diff(samples.cu_seqlens) - prompts
