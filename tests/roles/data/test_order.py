@@ -58,7 +58,7 @@ SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 SHAPES = st.fixed_dictionaries({"window": st.integers(1, 60), "together": st.integers(1, 5), "shuffle": st.booleans()})
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(SIZES, SHAPES, st.integers(0, 2**64 - 1))
 def test_every_epoch_gives_every_row_once_and_knowing_the_sizes_changes_nothing(sizes: list[int], shape: dict, seed: int):
     total = sum(sizes)
@@ -73,12 +73,12 @@ def test_every_epoch_gives_every_row_once_and_knowing_the_sizes_changes_nothing(
     assert rows(Walk(Pieces(sizes, True), seed, **shape), range(3 * total)) == found
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(SIZES, SHAPES, st.booleans(), st.data())
 def test_reading_may_begin_anywhere_and_jump(sizes: list[int], shape: dict, known: bool, data: st.DataObject):
     total = sum(sizes)
     found = rows(Walk(Pieces(sizes, known), 7, **shape), range(3 * total))
-    jumps = data.draw(st.lists(st.integers(0, 3 * total - 1), max_size=12))
+    jumps = data.draw(st.lists(st.integers(0, 3 * total - 1), max_size=6))
     walk = Walk(Pieces(sizes, known), 7, **shape)
     assert rows(walk, jumps) == [found[number] for number in jumps]
     for number in jumps:  # from an anchor, as another process does
