@@ -156,7 +156,8 @@ def losses(
     for part, splits in cut:
         states = hidden[rows[part]]
         factors = _exponentials(states, head, rule, targets[part], share[part], out, mass, each[part], trouble)
-        told = _Told(trouble)  # that of the last chunk counts
+        if part.stop == count:
+            told = _Told(trouble)
         sums.add(out[: len(states)], states, factors, rows[part], splits)
         del states, factors  # or the next chunk's would be beside them
     if count and told.read():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rolecall.kernels import head_fused
 from rolecall.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+from rolecall.kernels.distillation import distill, distill_plain, distill_top, distill_top_plain
 from rolecall.kernels.head_fused import fused
 from rolecall.kernels.logprobs import token_logprobs, token_logprobs_plain
 
@@ -86,6 +87,26 @@ def test_cross_entropy(K, D, V, rows, softcap, scale, chunk):
     assert not slopes[0][targets == -100].any()
     with torch.no_grad():
         assert abs(float(linear_cross_entropy(hidden, head, targets, chunk=chunk, **options) / expected) - 1) < LOSS
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_distillation(beta):
+    """Not fused: chunks of float32 logits from bfloat16 products."""
+    hidden, head, _, weights = case(300, 64, 5003, 5056)
+    teacher_hidden, teacher_head, *_ = case(300, 128, 5003, 5003, seed=1)
+    teacher = teacher_hidden.detach(), teacher_head.detach()
+    logprobs, tokens = torch.log_softmax((teacher[0] @ teacher[1].T).float(), -1).topk(20)
+    for function, plain, given in (
+        (distill, distill_plain, teacher),
+        (distill_top, distill_top_plain, (tokens, logprobs)),
+    ):
+        found = function(hidden, head, *given, beta=beta, vocab=5003, chunk=128)
+        exact = wide(hidden, head)
+        expected = plain(*exact, *(each.double() if each.is_floating_point() else each for each in given), beta=beta, vocab=5003)
+        assert float((found.double() - expected).abs().max()) < 5 * LOGPROB  # of two models' logits
+        slopes = torch.autograd.grad((found * weights).sum(), (hidden, head))
+        for one, other in zip(slopes, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+            assert distance(one, other) < GRADIENT
 
 
 def test_overflowing_exponentials_are_computed_again():
