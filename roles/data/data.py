@@ -56,6 +56,8 @@ class Data(Role):
         ahead: batches (of the size last asked for) to have ready.
         suffix: appended to every prompt for the model, and not seen by rewards.
         system: said before every prompt that brings no system message.
+        options: further variables of the chat template: {"enable_thinking": False}. Where a template writes the date, "today"
+            (an ISO date) makes it the same on every day that the run goes on.
         shuffle: False gives the source's own order.
         repeats: keep training problems as often as the source gives them, which keeps the proportions of a task generator.
         max_prompt_tokens: longest prompt; 0 means any.
@@ -75,6 +77,7 @@ class Data(Role):
         ahead: int = 2,
         suffix: str = "",
         system: str | None = None,
+        options: dict[str, Any] | None = None,
         shuffle: bool = True,
         repeats: bool = False,
         max_prompt_tokens: int = 0,
@@ -83,7 +86,7 @@ class Data(Role):
     ) -> None:
         self.source, self.model, self.held, self.seed = source, model, held_out, seed
         self.ahead, self.suffix, self.system, self.shuffle, self.repeats = ahead, suffix, system, shuffle, repeats
-        self.max_prompt_tokens, self.too_long, self.deadline = max_prompt_tokens, too_long, deadline
+        self.max_prompt_tokens, self.too_long, self.deadline, self.options = max_prompt_tokens, too_long, deadline, dict(options or {})
         self._queue: Ahead[_Made] | None = None
 
     def check(self) -> None:
@@ -128,7 +131,8 @@ class Data(Role):
 
         tokenizer = load_tokenizer(self.model)
         require_chat_template(tokenizer)
-        self._encoder, self._tokenizer = Encoder(tokenizer, suffix=self.suffix, system=self.system), identity(tokenizer)
+        self._encoder = Encoder(tokenizer, suffix=self.suffix, system=self.system, options=self.options)
+        self._tokenizer = identity(tokenizer)
         if self.max_prompt_tokens and self.too_long == "refuse":
             self._refuse_long()
         held = [_Made(problem, self._tokens(problem)) for problem in self._split.held_out]

@@ -49,6 +49,8 @@ class Documents(Role):
         plain: take prompts and completions that are texts as they are, without the chat template.
         system: said before every conversation that brings no system message.
         suffix: appended to the prompts of `questions`.
+        options: further variables of the chat template: {"enable_thinking": False}. Where a template writes the date, "today"
+            (an ISO date) makes it the same on every day that the run goes on.
     """
 
     name = "data"
@@ -68,10 +70,11 @@ class Documents(Role):
         plain: bool = False,
         system: str | None = None,
         suffix: str = "",
+        options: dict[str, Any] | None = None,
     ) -> None:
         self.source, self.model, self.row_tokens, self.block, self.held = source, model, row_tokens, block, held_out
         self.seed, self.too_long, self.unusable, self.train, self.plain = seed, too_long, unusable, train, plain
-        self.system, self.suffix = system, suffix
+        self.system, self.suffix, self.options = system, suffix, dict(options or {})
         self._stream: Stream | None = None
 
     def check(self) -> None:
@@ -110,7 +113,7 @@ class Documents(Role):
         from rolecall.roles.tokens import identity, load_tokenizer
 
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model)
-        self._encoder = Encoder(tokenizer, train=self.train, plain=self.plain, system=self.system, suffix=self.suffix)
+        self._encoder = Encoder(tokenizer, train=self.train, plain=self.plain, system=self.system, suffix=self.suffix, options=self.options)
         self._tokenizer, (self._context, self._square) = identity(tokenizer), _facts(self.model)
         self._report = Report()
         self._stream = Stream(self.source, member.seed if self.seed is None else self.seed, report=self._report, held_out=self.held)
@@ -245,7 +248,8 @@ class Documents(Role):
 
     def _meaning(self) -> dict[str, int]:
         """What a block's rows depend on besides the stream."""
-        words = (self.row_tokens, self.block, self.too_long, self.unusable, self.train, self.plain, self.system)
+        options = sorted(self.options.items())
+        words = (self.row_tokens, self.block, self.too_long, self.unusable, self.train, self.plain, self.system, options)
         return {"settings": xxhash.xxh3_64_intdigest(repr((*words, self._context, self._tokenizer)).encode()) >> 16}
 
     def _ready(self) -> Stream:

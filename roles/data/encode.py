@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from rolecall.protocols.errors import DataError
@@ -60,6 +60,8 @@ class Encoder:
             user and the assistant.
         suffix: appended to the last message of every prompt of a question.
         system: said before every conversation that brings no system message.
+        options: further variables of the chat template, for all records: {"enable_thinking": False, "today": "2026-01-31"}. A
+            record's own come before them.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Encoder:
         plain: bool = False,
         suffix: str = "",
         system: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        self.options = dict(options or {})
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
         self.train, self.plain, self.suffix, self.system = train, plain, suffix, system
 
@@ -151,15 +155,14 @@ class Encoder:
         messages = [dict(message) for message in self._with_system(_said("user", record.prompt))]
         messages[-1]["content"] += self.suffix
         spans = self.tokenizer.spans(record.tools is not None)
-        rendered = spans.render(messages, record.tools, prompt=True, options=record.options, place=record.place)
+        rendered = spans.render(messages, record.tools, prompt=True, options={**self.options, **record.options}, place=record.place)
         return _Draft(rendered.text, [], False, False)
 
     def _templated(self, record: _Chat, messages: Messages, train: Train) -> _Draft:
         spans = self.tokenizer.spans(record.tools is not None)
         messages = self._with_system(messages)
-        rendered, own = spans.find(
-            messages, record.tools, train="last" if train == "each" else train, options=record.options, place=record.place
-        )
+        options, chosen = {**self.options, **record.options}, "last" if train == "each" else train
+        rendered, own = spans.find(messages, record.tools, train=chosen, options=options, place=record.place)
         return _Draft(rendered.text, own, False, False, tuple(_notes(messages, rendered.text, self.tokenizer.stops)))
 
     def _with_system(self, messages: Messages) -> Messages:

@@ -10,6 +10,7 @@ changes. Nothing else of the template changes, so the text without its marks is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rolecall.protocols.errors import DataError, ModelError
@@ -121,7 +122,7 @@ class Template:
             messages: all distinct objects.
             tools: that may be called.
             prompt: add the beginning of the assistant's next turn.
-            options: further variables of the template.
+            options: further variables of the template; with "today" (an ISO date), templates that write the date write this one.
             place: where the record is from.
 
         Raises:
@@ -129,6 +130,8 @@ class Template:
         """
         recorder = _Recorder(messages)
         context = {**self._special, **(options or {}), "messages": list(messages), "tools": None if tools is None else list(tools)}
+        if options and "today" in options:
+            context["strftime_now"] = _date(options["today"]).strftime
         try:
             marked = self._template.render({**context, "documents": None, "add_generation_prompt": prompt, _RECORDER: recorder})
         except Exception as error:  # the template's own code runs here: it may raise anything
@@ -158,6 +161,13 @@ def _of_recorder(method: Callable[..., str]) -> Callable[..., str]:
         return method(context.parent[_RECORDER], *arguments)
 
     return call
+
+
+def _date(given: Any) -> date:
+    try:
+        return date.fromisoformat(given)
+    except (TypeError, ValueError) as error:
+        raise DataError("The option today is no date.", ask=repr(given), remedy='write it as "2026-01-31"', why="no date") from error
 
 
 def _quicken(environment: Any) -> None:

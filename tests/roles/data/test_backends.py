@@ -39,7 +39,7 @@ def sentencepiece(folder: Path, kind: str, name: str) -> bytes:
 
     out = io.BytesIO()
     pieces.SentencePieceTrainer.train(
-        sentence_iterator=iter([*CORPUS, *TEXTS] * 5), model_writer=out, vocab_size=430, model_type="bpe", byte_fallback=True,
+        sentence_iterator=iter([*CORPUS, *TEXTS]), model_writer=out, vocab_size=430, model_type="bpe", byte_fallback=True,
         character_coverage=1.0, remove_extra_whitespaces=False, normalization_rule_name="identity", user_defined_symbols=MARKS,
         minloglevel=2,
     )  # fmt: skip

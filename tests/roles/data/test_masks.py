@@ -108,6 +108,20 @@ def test_options_of_the_template_belong_to_the_prompt():
     assert encoded("harmony", TALK, options={"reasoning_effort": "high"}) == PLAIN["harmony"]
 
 
+def test_options_for_all_records_and_a_date_that_stays():
+    """A template that writes the date would give other tokens tomorrow: a run could not go on exactly."""
+    dated = "{{ strftime_now('%d %b %Y') }}" + tokenizer("qwen3").chat_template
+    words = _with_template(dated)
+    encoder = Encoder(words, options={"today": "2024-02-29", "enable_thinking": False})
+    assert words.decode(encoder.encode(Conversation(messages=TALK)).tokens).startswith("29 Feb 2024<|im_start|>system")
+    own = Conversation(messages=TALK[:3], options={"today": "2025-01-01"})
+    assert words.decode(encoder.encode(own).tokens).startswith("01 Jan 2025")
+    found = encoder.encode(Conversation(messages=TALK[:3]))
+    assert said(found.tokens, found.trained, words) == ["First answer.<|im_end|>"]  # no thinking was asked for
+    with pytest.raises(DataError, match=r"The option today is no date\. Asked: 'today'"):
+        Encoder(words, options={"today": "today"}).encode(Conversation(messages=TALK))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_last_turn_alone_or_everything(name: str):
     assert encoded(name, TALK, train="last") == PLAIN[name][-1:]
