@@ -17,12 +17,12 @@ class Args(RunArgs, frozen=True, kw_only=True):
     worked: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=512, seed=1, completion="answer")
     task: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=4000, seed=2)
     held_out: Annotated[int, Meta(ge=1, description="problems of `task` that accuracy is measured on")] = 256
-    sft_steps: Annotated[int, Meta(ge=0, description="updates on worked problems")] = 100
-    grpo_steps: Annotated[int, Meta(ge=0, description="updates on completions")] = 60
+    sft_steps: Annotated[int, Meta(ge=0, description="updates on worked problems")] = 60
+    grpo_steps: Annotated[int, Meta(ge=0, description="updates on completions")] = 80
     prompts: Annotated[int, Meta(ge=1, description="problems a step")] = 16
     group_size: Annotated[int, Meta(ge=2, description="completions a problem, compared with each other")] = 8
     sft_rate: Annotated[float, Meta(gt=0, description="learning rate of AdamW on worked problems")] = 5e-5
-    grpo_rate: Annotated[float, Meta(gt=0, description="the same, on completions")] = 1e-5
+    grpo_rate: Annotated[float, Meta(gt=0, description="the same, on completions")] = 3e-5
 
 
 def main(args: Args) -> None:
