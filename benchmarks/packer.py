@@ -72,13 +72,15 @@ def packers(lengths: np.ndarray, missing: dict[str, str]) -> tuple[dict[str, Cal
 
 def trl_packer(lengths: np.ndarray) -> Call:
     import datasets
+    import pyarrow
     from trl.data_utils import pack_dataset
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
     edges = np.append(0, np.cumsum(lengths))
-    tokens = np.random.default_rng(SEED).integers(0, 150_000, edges[-1])
-    data = datasets.Dataset.from_dict({"input_ids": np.split(tokens, edges[1:-1])})
+    tokens = np.random.default_rng(SEED).integers(0, 150_000, edges[-1], dtype=np.int32)
+    column = pyarrow.ListArray.from_arrays(edges.astype(np.int32), tokens)
+    data = datasets.Dataset(pyarrow.table({"input_ids": column}))
     # One batch of the whole set: over several, each batch's last rows stay emptier.
     return lambda: pack_dataset(data, CAPACITY, "bfd", map_kwargs={"batch_size": len(lengths)})
 
