@@ -16,7 +16,7 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 FEW = 4096  # sequences up to which best fit one by one is quick enough, and better
-EVEN = 2000  # ranks that differ by less than 1/2000 are even enough
+EVEN = 1500  # the heaviest rank is within 1/1500 of the mean: even enough
 SHORT = 600  # tokens of an average sequence from which copying one by one is quicker than by index
 BLOCK = 2**14  # slots laid at once, so that what is computed on the way stays in a cache and in memory that is there
 WAVES = 4  # more fill rows better and take longer
@@ -374,10 +374,11 @@ def _deal(ordered: Int64, ranks: int) -> tuple[int, Int64]:
 def _even_out(costs: Int64, owner: Int64, ranks: int) -> None:
     """Swap units of the heaviest and the lightest rank while that lowers their difference; changes `owner`."""
     totals = np.bincount(owner, weights=costs, minlength=ranks).astype(np.int64)
+    mean = int(totals.sum()) // ranks
     for _ in range(4 * ranks):
         heavy, light = int(totals.argmax()), int(totals.argmin())
         gap = int(totals[heavy] - totals[light])
-        if gap < 2 or gap * EVEN <= int(totals[heavy]):
+        if gap < 2 or (int(totals[heavy]) - mean) * EVEN <= mean:
             return
         ours, theirs = np.flatnonzero(owner == heavy), np.flatnonzero(owner == light)
         if not len(theirs):
