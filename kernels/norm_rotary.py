@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+TRITON = importlib.util.find_spec("triton") is not None  # found out once: torch.compile can't trace the question
 
 
 def norm_rotary(
@@ -33,7 +33,7 @@ def norm_rotary(
     Returns:
         [R, C, H, d] in x's dtype.
     """
-    if x.is_cuda and x.dtype in HALF and _has_triton():
+    if _quick(x):
         turned: Tensor = norm_rotary_op(x, cosines, sines, gain, eps, offset)
         return turned
     return norm_rotary_plain(x, cosines, sines, gain, eps=eps, offset=offset, wide=wide)
@@ -112,9 +112,8 @@ def _slopes(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
 norm_rotary_op.register_autograd(_slopes, setup_context=_keep)
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _quick(x: Tensor) -> bool:
+    return TRITON and x.is_cuda and x.dtype in HALF
 
 
 def _kernels() -> Any:

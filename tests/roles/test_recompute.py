@@ -108,6 +108,25 @@ def test_compiled_blocks_give_the_same_gradients(tmp_path, how: str, lora: Lora 
     assert len(graphs) <= 6
 
 
+def test_a_piece_is_one_graph_where_a_gpu_has_kernels_too(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where norm and turn are an operation of their own; here it computes by the formula."""
+    from rolecall.kernels import norm_rotary
+
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(norm_rotary, "_quick", lambda x: True)
+    torch._dynamo.reset()
+    model = load(tiny_model(tmp_path, layers=4))
+    compile_blocks(model.net, backend)
+    packed_logprobs(model, next(passes(batch(0, 64), 1)))[0].sum().backward()
+    calls = [sum(node.target is torch.ops.rolecall.norm_rotary.default for node in graph.graph.nodes) for graph in graphs]
+    assert calls == [2, 2, 0]  # first, between, last
+
+
 @pytest.mark.slow
 def test_a_compiled_policy_trains_as_a_plain_one(tiny: str) -> None:
     torch._dynamo.reset()
