@@ -64,7 +64,7 @@ def test_lock_satisfies_the_requirements(root, project):
     ]
     for text in wanted:
         wish = Requirement(text)
-        if wish.name != "torch":
+        if wish.name != "torch" and not wish.name.startswith("nvidia-"):  # those are for GPU hosts; the lock is for any
             assert wish.name in locked, f"{wish.name} is not in requirements.lock"
             assert wish.specifier.contains(Version(locked[wish.name]), prereleases=True), f"{text} against {locked[wish.name]}"
 
