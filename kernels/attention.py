@@ -184,9 +184,9 @@ def _on_gpu(
             return None
         mask = where.keep(("flex", window, device), lambda: make_block_mask(found, where.positions, window, device))
         return flex(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
-    from rolecall.kernels.attention_cudnn import LIMIT, SIZES, CudnnJob, find_sequences, usable
+    from rolecall.kernels.attention_cudnn import LIMIT, SIZES, WINDOWED, CudnnJob, find_sequences, usable
 
-    if q.shape[3] in SIZES and q.numel() < LIMIT and usable(device):
+    if q.shape[3] in (WINDOWED if window else SIZES) and q.numel() < LIMIT and usable(device):
         sequences = where.keep(("sequences", device), lambda: find_sequences(found, device))
         return by_job(q, k, v, CudnnJob(sequences, window, scale), sinks)
     from rolecall.kernels.attention_flash import FlashJob, find_line

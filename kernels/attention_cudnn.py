@@ -18,6 +18,7 @@ from rolecall.kernels.segments import Segments
 from torch import Tensor
 
 SIZES = (64, 128, 256)  # of a head, for which this was measured to be exact and quicker than flash kernels
+WINDOWED = (128, 256)  # and with a window
 LIMIT = 2**31  # elements of a tensor: offsets are 32 bits wide
 NEEDED = 91900  # cuDNN 9.19, the oldest for which exactness was measured
 _here = threading.local()  # a cuDNN handle is for one thread

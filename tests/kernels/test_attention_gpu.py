@@ -26,6 +26,7 @@ SEQUENCES = {
     "sinks": (GAPS, {"sinks": True}),
     "sinks and window": (PLAIN, {"sinks": True, "window": 100}),
     "heads of 64": (GAPS, {"size": 64, "heads": (9, 3)}),
+    "heads of 64, window, sinks": (GAPS, {"size": 64, "heads": (9, 3), "window": 70, "sinks": True}),
     "heads of 80": (GAPS, {"size": 80}),
     "heads of 256": (GAPS, {"size": 256, "window": 200}),
     "one key head": (GAPS, {"heads": (7, 1)}),
@@ -106,6 +107,7 @@ def test_sequences(name, forced, monkeypatch):
     rows, options = SEQUENCES[name]
     if forced:
         monkeypatch.setattr(attention_cudnn, "SIZES", ())
+        monkeypatch.setattr(attention_cudnn, "WINDOWED", ())
     check(packed(rows, 1024), **options)
 
 
