@@ -84,7 +84,7 @@ def exact(name: str, folder: Path, device: str, attention: str) -> dict[str, flo
     lots = [rows_of(Law(4.0, 0.8, 256), 4, 256, 512, seed=9)]
     pair = {
         OWN: partial(Ours, OWN, "", model, device=device, dtype="float32", rows_per_pass=2),
-        "transformers": partial(HuggingFace, "transformers", "", model, form=Rows.flattened, device=device, attention=attention,
+        "transformers": partial(HuggingFace, "transformers", "", model, form=Rows.flattened, device=device, attention="sdpa",
                                 dtype="float32"),
     }  # fmt: skip
     results = {}
