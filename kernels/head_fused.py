@@ -206,11 +206,13 @@ class _Sums:
     """Gradients of hidden and head, added up chunk by chunk with cuBLAS."""
 
     def __init__(self, hidden: Tensor, head: Tensor, rule: Law, *, to_hidden: bool, to_head: bool) -> None:
-        self._weight, self._vocab, self._first = head, rule.vocab, True
+        # Slopes are 0 in padding columns, so that products may go over them where the head has the rows: odd sizes are slow.
+        width = _width(rule.vocab)
+        self._weight, self._columns, self._first = head, width if len(head) >= width else rule.vocab, True
         self.hidden = torch.zeros_like(hidden) if to_hidden else None
         self._head = torch.empty_like(head) if to_head else None
         if self._head is not None:
-            self._head[rule.vocab :].zero_()
+            self._head[self._columns :].zero_()
 
     @property
     def head(self) -> Tensor | None:
@@ -221,9 +223,9 @@ class _Sums:
 
     def add(self, slope: Tensor, states: Tensor, factors: Tensor | None, rows: Tensor, splits: int) -> None:
         """One chunk: `slope` [C, width], `states` [C, D] already multiplied by `factors` [C], if there are any."""
-        part = slope[:, : self._vocab]
+        part = slope[:, : self._columns]
         if self._head is not None:
-            target = self._head[: self._vocab]
+            target = self._head[: self._columns]
             if self._first:
                 torch.mm(part.T, states, out=target)
             else:
@@ -237,15 +239,15 @@ class _Sums:
 
     def _pieces(self, slope: Tensor, splits: int) -> Tensor:
         """[splits or one more, C, D] float32, whose sum is slope @ head."""
-        step = self._vocab // splits // 8 * 8  # sums over a multiple of 16 bytes: an odd vocabulary slows only the rest down
-        weight, whole = self._weight[: self._vocab], splits * step
-        pieces = torch.empty((splits if step else 0) + (whole < self._vocab), len(slope), weight.shape[1], device=slope.device)
+        step = self._columns // splits // 8 * 8  # sums over a multiple of 16 bytes: an odd vocabulary slows only the rest down
+        weight, whole = self._weight[: self._columns], splits * step
+        pieces = torch.empty((splits if step else 0) + (whole < self._columns), len(slope), weight.shape[1], device=slope.device)
         if splits == 1 and step:
             torch.mm(slope[:, :step], weight[:step], out_dtype=torch.float32, out=pieces[0])
         elif step:
             left = slope[:, :whole].unflatten(1, (splits, step)).transpose(0, 1)
             torch.bmm(left, weight[:whole].unflatten(0, (splits, step)), out_dtype=torch.float32, out=pieces[:splits])
-        if whole < self._vocab:
+        if whole < self._columns:
             torch.mm(slope[:, whole:], weight[whole:], out_dtype=torch.float32, out=pieces[-1])
         return pieces
 

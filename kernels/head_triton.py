@@ -18,7 +18,7 @@ import triton.language as tl
 MEASURE = tl.constexpr(0)
 EXPONENTIALS = tl.constexpr(1)
 SLOPES = tl.constexpr(2)
-LOW = tl.constexpr(-1e37)
+LOW = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
 TWO_LOG2E = tl.constexpr(2.8853900817779268)
 
