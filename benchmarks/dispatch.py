@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ ROLES, MEMBERS = ("rollout", "reward", "reference", "policy"), 8
 CPUS = 64  # what the cluster says it has: verl reserves a whole one for each of its 32 processes
 ENVIRONMENT = {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": CPUS}), "RAY_prestart_worker_first_driver": "0", "OMP_NUM_THREADS": "1"}
 ROUNDS = 200  # of ours and of raw Ray, over all alternations
+STARTED = time.perf_counter()
 PACKAGES = ("rolecall", "ray", "numpy", "msgspec", "verl", "torch", "tensordict")
 
 
@@ -206,6 +208,7 @@ def verl_worker() -> type:
 def exact(batch: Samples, contender: Contender) -> None:
     """Every sample was scored, in order, and the policy saw every token and logprob."""
     values, tokens, logprobs = contender.run()
+    print(f"{contender.name}: {time.perf_counter() - STARTED:.0f} s after the start all members work", file=sys.stderr, flush=True)
     wanted = np.diff(batch.cu_seqlens) - batch.prompt_lengths
     if not np.array_equal(values, wanted) or tokens != len(batch.tokens) or not np.isclose(logprobs, batch.logprobs.sum(dtype=np.float64)):
         sys.exit(f"{contender.name} loses or mixes up what it passes on")

@@ -15,9 +15,11 @@ from torch import Tensor
 class Job(Protocol):
     """Attention over some rectangles by some kernel."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted mean [R, H, C, d], and the logarithm of each softmax's sum [R, H, C], float32 or wider."""
 
-    def backward(self, to_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def backward(self, to_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and values from that of the mean; `out` and `log_sum` are what `forward` gave."""
 
 
 def by_job(q_RHCd: Tensor, k_RGKd: Tensor, v_RGKd: Tensor, job: Job, sinks: Tensor | None = None) -> Tensor:

@@ -106,7 +106,7 @@ def test_a_pool_that_could_go_anywhere_leaves_room_for_one_that_can_not():
 def test_memory_of_roles_is_checked_where_nodes_tell_theirs():
     estimate = Estimate(weights=60, optimiser=60)
     error = reasons([Pool("policy", gpus=1, accelerator="H100")], H100, memory={"policy": estimate})
-    for word in ("120.0 GB", "80 GB", "gpus=2"):
+    for word in ("120.0 GB", "80 GB", "GPUs of at least 120 GB"):
         assert word in str(error)
     fit([Pool("policy", gpus=2, accelerator="H100")], H100, memory={"policy": estimate})
     fit([Pool("policy", gpus=1)], L40S, memory={"policy": estimate})  # nobody said how much they have
