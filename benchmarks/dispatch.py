@@ -2,6 +2,10 @@
 
 Four groups (rollout, reward, reference, policy) on placement groups pass one GRPO step's messages on: rollout makes the
 batch, reward and reference read it, policy reads all three, the controller reads the scores. One round is one such step.
+
+Raw Ray is a bound that checks nothing: its references are passed on at once. Beside it ours pays, for each call, for the checks and the
+checksum where a message is made and for the checksum again where it is read, and for a second return value, the receipt, which the
+controller fetches; and once a step it waits for the sizes of the samples, by which the next call is divided.
 """
 
 from __future__ import annotations
