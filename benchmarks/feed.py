@@ -121,7 +121,7 @@ def check(sample: list[dict[str, Any]], model: str) -> tuple[int, int]:
 def main() -> None:
     """The benchmark."""
     given = harness.arguments(__doc__ or "")
-    model = os.environ.get("ROLECALL_MODEL", str(Path(__file__).resolve().parents[1] / ".cache" / "model"))
+    model = os.environ.get("ROLECALL_MODEL", str(Path(__file__).resolve().parents[1] / ".cache" / "models" / "SmolLM2-135M-Instruct"))
     count, block = (1024, 256) if given.quick else (8192, 512)
     chats = records(count)
     compared = check(chats[:PROBE], model)
