@@ -9,7 +9,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-slow test-gpu lint types format lock clean
+.PHONY: help setup model demo test test-slow test-gpu explore lint types format lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -31,6 +31,9 @@ test-slow: setup ## the tests that take minutes
 
 test-gpu: setup ## the tests that need a CUDA device
 	@$(PY) -m pytest -m gpu $(ARGS)
+
+explore: setup ## the property tests with examples that nobody has seen (make test uses the same ones each time)
+	@HYPOTHESIS_PROFILE=explore $(PY) -m pytest -m "hypothesis and not slow and not gpu" $(ARGS)
 
 lint: setup ## ruff: rules and format
 	@.venv/bin/ruff check --quiet .

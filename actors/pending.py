@@ -222,8 +222,6 @@ class Pending(Generic[M]):
         for part, receipt in zip(self.parts, receipts, strict=True):
             try:
                 messages.append(decode(ray.get(part.frame_ref, timeout=left)))
-            except RolecallError:
-                raise
             except Exception as error:
                 raise _typed(part, error) from None
             TRAFFIC.fetched += receipt.nbytes
@@ -283,6 +281,8 @@ def _typed(part: Part, error: Exception) -> RolecallError:
     cause = getattr(error, "cause", None)
     if isinstance(error, lost.RayTaskError) and isinstance(cause, RolecallError):
         return cause
+    if isinstance(error, RolecallError):
+        return error  # found here, in what came back: units that were not asked for, a damaged frame
     if isinstance(error, lost.GetTimeoutError):
         return part.error(DeadlineExceeded, "its answer could not be fetched in time.", "Is the object store or the network overloaded?")
     if isinstance(

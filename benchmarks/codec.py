@@ -1,7 +1,8 @@
 """`codec`: one rollout batch encoded, decoded and split to 8 readers, against what others pass their batches with.
 
 The same 512 rollouts go through each contender, from the form that its framework keeps them in to eight parts that a
-reader can use. Ours pays for its checksum and its checks twice, on both sides; no peer verifies anything.
+reader can use. Ours pays for its checksum on both sides and for its checks where the batch is encoded (in one
+piece, as from a socket, on both sides); no peer verifies anything.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Contender:
 class Ours(Contender):
     """What a frame costs where it is handed on as Ray does it: its parts out of band. What a transport copies is counted for nobody."""
 
-    name, about = "rolecall", "encode, decode, 8 x take; all bytes hashed and all values checked on both sides"
+    name, about = "rolecall", "encode, decode, 8 x take; all bytes hashed on both sides, all values checked where they are encoded"
 
     def __init__(self, batch: Samples) -> None:
         self.batch = batch

@@ -346,7 +346,8 @@ def _lightest(costs: Int64, ranks: int) -> Int64:
     heap = (totals * ranks + np.arange(ranks)).tolist()  # one number for total and rank: quicker to compare than a pair
     heapq.heapify(heap)
     lightest = []
-    for step in (ordered[dealt:] * ranks).tolist():
+    # A unit that costs nothing counts 1 here: else all of them would go to one rank, and others could stay empty.
+    for step in (ordered[dealt:].clip(min=1) * ranks).tolist():
         top = heap[0]
         lightest.append(top)
         heapq.heapreplace(heap, top + step)

@@ -155,16 +155,17 @@ def examine(net: Any) -> HuggingFaceModel:
             f"{name} changes its logits after the head in a way that its config does not tell.",
             remedy="use another architecture, such as Llama or Qwen",
         )
+    why = ""
     effect = float((wanted[:, 1] - single[:, 1]).abs().max()) + loose * float(single.abs().max())
     try:
         masked = model.hidden(tokens, positions * 0, apart)  # each token at the place that it has alone
         packs = float((masked - single).abs().max()) < 0.1 * effect
         packs = packs and float((model.hidden(tokens, positions, together) - wanted).abs().max()) < 0.1 * effect
-    except Exception:
-        packs = False
+    except Exception as error:  # the class's own code runs here: whatever it can't do, it may say in any way
+        packs, why = False, f" ({type(error).__name__}: {str(error)[:200]})"
     model = HuggingFaceModel(net, packs=packs, caches=packs and _decodes(model, tokens, wanted, 0.1 * effect))
     if not packs:
-        model.notes += (f"{name} joins tokens by more than attention under a mask: segments of a row are computed one by one",)
+        model.notes += (f"{name} joins tokens by more than attention under a mask: segments of a row are computed one by one{why}",)
     if not model.caches:
         model.notes += (f"{name} can't decode with our cache: the native engine can't sample from it",)
     if model.longest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rolecall.kernels import packing
 from rolecall.kernels.packing import OpenRows, assign_rows, balance, cost, lay, pack_rows
@@ -44,6 +44,8 @@ def test_too_long_for_a_row():
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(0, 1000), max_size=60), st.integers(1, 9))
+@example([0, 0], 2)
+@example([7, 0, 0], 3)
 def test_balance_laws(sizes, ranks):
     """Every unit once; a unit for every rank if there are enough; within the greedy bound; the same each time."""
     parts = balance(sizes, ranks)
