@@ -12,7 +12,7 @@ from rolecall.kernels.attention import Dense
 from torch import Tensor
 
 BLOCK = 64  # columns that a slot grows by
-ALIGN = 8  # columns read are rounded up to this, as attention kernels with a mask want it
+ALIGN = 8  # columns read are rounded up to a multiple of this, as attention kernels with a mask want it
 
 
 class PrefillCache:
@@ -78,19 +78,27 @@ class SlotCache:
         found = self._data[:, :, sources, :, :columns]
         self._data[:, :, targets, :, :columns] = found
 
-    def step(self, places_A: Tensor, longest: int) -> Dense:
-        """Get ready for a forward of one token a sequence; returns what each may attend to, of L columns.
+    @property
+    def room(self) -> int:
+        """Columns there are. Where they lie in memory changes with it alone."""
+        return self._data.shape[4]
+
+    def reach(self, columns: int, multiple: int = ALIGN) -> int:
+        """Make room for sequences of this many tokens; how many columns to read for them, a multiple where there are as many."""
+        self.reserve(columns)
+        return min(-(-columns // multiple) * multiple, self.room)
+
+    def step(self, places_A: Tensor, columns: int) -> Dense:
+        """Get ready for a forward of one token a sequence; returns what each may attend to.
 
         Args:
             places_A: int64, how many tokens each sequence holds already: the column its token is written to.
-            longest: the greatest of these, known on the host.
+            columns: L, how many are read: more than the greatest of these, as `reach` says.
         """
-        self.reserve(longest + 1)
-        self._places = places_A
-        self._read = min(-(-(longest + 1) // ALIGN) * ALIGN, self._data.shape[4])
-        columns = torch.arange(self._read, device=places_A.device)  # a column is a position
-        seen = (columns <= places_A[:, None])[:, None, None]
-        return Dense(seen, places_A[:, None], columns.expand(len(places_A), -1))
+        self._places, self._read = places_A, columns
+        at = torch.arange(columns, device=places_A.device)  # a column is a position
+        seen = (at <= places_A[:, None])[:, None, None]
+        return Dense(seen, places_A[:, None], at.expand(len(places_A), -1))
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by each attention layer: write the new token's [A, H, 1, D], return all [A, H, L, D] as views."""

@@ -15,10 +15,13 @@ from rolecall.kernels.attention import Dense, packed_mask
 from rolecall.protocols.messages import Samples
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.rollout.cache import PrefillCache, SlotCache
+from rolecall.roles.rollout.replay import CudaGraphs, Steps, Work, replayable
 from rolecall.roles.rollout.sampling import Sampling, choose, uniforms
 from torch import Tensor
 
 ROW_TOKENS = {"cpu": 512, "cuda": 4096}  # prompts prefilled in one row; attention within a row is quadratic in this
+SLOTS = {"cpu": 64, "cuda": 256}  # a step of a GPU takes about as long for 256 sequences as for one
+SHARE = 4  # one part in so many of a GPU's free memory is for the cache, where nobody says how many slots
 STOP, LENGTH = Samples.FINISH.index("stop"), Samples.FINISH.index("length")
 
 
@@ -68,16 +71,29 @@ class Engine:
     """Generates with `model`, at most `slots` sequences at once. Holds no keys or values between two runs.
 
     Args:
+        slots: 0 for as many as the device is quick with and has memory for.
         ends: token ids that end a completion.
+        record: how decoding steps are recorded to be replayed; None for CUDA graphs where they can be had.
     """
 
-    def __init__(self, model: CausalModel, *, slots: int, ends: frozenset[int]) -> None:
+    def __init__(
+        self, model: CausalModel, *, slots: int, ends: frozenset[int], record: Callable[[], Callable[[Work], Work]] | None = None
+    ) -> None:
         self._model, self._slots, self._ends = model, slots, ends
         self._device = model.device
+        self._record = record or (CudaGraphs if replayable(model) else None)
         row = ROW_TOKENS[self._device.type]
         self.row_tokens = min(row, model.longest or row)
         self.prefilled = 0  # prompt tokens computed, all runs
         self.steps = 0  # decode forwards, all runs
+
+    def slots_for(self, longest: int) -> int:
+        """Most sequences at once, if none comes to more than `longest` tokens."""
+        spec, most = self._model.spec, SLOTS[self._device.type]
+        if self._slots or self._device.type == "cpu":
+            return self._slots or most
+        each = 2 * spec.layers * spec.kv_heads * spec.head_dim * self._model.dtype.itemsize * longest
+        return max(1, min(most, torch.cuda.mem_get_info(self._device)[0] // SHARE // each))
 
     @torch.inference_mode()
     def run(
@@ -110,7 +126,8 @@ class _Run:
         model, wanted = engine._model, sum(len(waiting) for _, waiting in queue)
         self._engine, self._model, self._device = engine, model, engine._device
         self._queue, self._sampling, self._stopped = queue, sampling, stopped
-        self._slots = min(engine._slots, wanted)
+        longest = max(len(request.tokens) + request.limit for request, _ in queue)
+        self._slots = min(engine.slots_for(longest), wanted)
         self._ready: deque[_Ready] = deque()
         self._active: list[_Active] = []
         spec = model.spec
@@ -121,10 +138,13 @@ class _Run:
             slots=self._slots,
             heads=spec.kv_heads,
             size=spec.head_dim,
-            longest=max(len(request.tokens) + request.limit for request, _ in queue),
+            longest=longest,
             dtype=model.dtype,
             device=self._device,
         )
+        self._steps: Steps | None = None
+        if engine._record is not None:
+            self._steps = Steps(model, self._cache, slots=self._slots, spare=self._shared, record=engine._record())
 
     def finish(self) -> None:
         """Run until every completion is made: admit, sample, let go of what ended, compute the next token of the rest."""
@@ -247,9 +267,11 @@ class _Run:
     def _decode(self, tokens_A: Tensor) -> Tensor:
         """One forward of the newest token of each active sequence: hidden states [A, D]."""
         places = np.array([one.length - 1 for one in self._active])
-        positions = self._put(places)
-        where = self._cache.step(positions, int(places.max()))
         self._engine.steps += 1
+        if self._steps is not None:
+            return self._steps(tokens_A, places)
+        positions = self._put(places)
+        where = self._cache.step(positions, self._cache.reach(int(places.max()) + 1))
         return self._model.hidden(tokens_A[:, None], positions[:, None], where, cache=self._cache)[:, 0]
 
     def _put(self, array: np.ndarray) -> Tensor:

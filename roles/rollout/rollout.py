@@ -25,7 +25,8 @@ class Rollout(Role):
         model: Hugging Face folder or hub name.
         engine: who generates; "native" is built in.
         dtype: of weights and cache: "float32", "bfloat16", "float16". Logits and logprobs are float32 in any case.
-        slots: most sequences generated at once; the cache takes memory for so many.
+        slots: most sequences generated at once; the cache takes memory for so many. 0 for 64 on a CPU and 256 on a GPU, there
+            fewer where their cache would take more than a quarter of the free memory.
         max_tokens: most tokens of a completion; less where the model's context ends before.
         temperature: divides the logits; 0 takes the most probable token each time.
         top_p, top_k: as `Sampling` says; 1 and 0 keep all tokens.
@@ -41,7 +42,7 @@ class Rollout(Role):
         *,
         engine: str = "native",
         dtype: str = "float32",
-        slots: int = 64,
+        slots: int = 0,
         max_tokens: int = 24,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -51,7 +52,7 @@ class Rollout(Role):
         if engine not in ENGINES:
             raise UserError(f"There is no engine {engine!r}.", have=", ".join(ENGINES), remedy="choose one of these")
         self.model, self.engine, self.dtype = model, engine, dtype
-        self.slots = _at_least_one("slots", slots)
+        self.slots = _at_least_one("slots", slots) if slots != 0 else 0
         self.max_tokens = _at_least_one("max_tokens", max_tokens)
         self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         self.stop = _texts(stop)

@@ -103,7 +103,7 @@ def test_empty_and_unknown_tokens_are_refused(rollout):
     ("wrong", "word"),
     [
         ({"engine": "warp"}, "native"),
-        ({"slots": 0}, "slots"),
+        ({"slots": -1}, "slots"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"top_p": 0.0}, "top_p"),
         ({"stop": ("",)}, "stop"),

@@ -1,0 +1,101 @@
+"""Decoding steps that are recorded once and replayed: on a GPU the hundreds of kernels of a step take longer to launch than to run.
+
+A record is for a number of sequences and of columns. Both are rounded up, so that few records serve a run; what a step has too
+many of are sequences that nobody asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from rolecall.roles.models.causal import CausalModel
+from rolecall.roles.models.native import NativeModel
+from rolecall.roles.rollout.cache import BLOCK, SlotCache
+from torch import Tensor
+
+Work = Callable[[], Tensor]
+
+
+def replayable(model: CausalModel) -> bool:
+    """Whether its steps can be recorded: on a GPU, and nowhere does the host wait for a number."""
+    spec = model.spec
+    waits = spec.experts is not None or any(rope.by_length for rope in spec.ropes)
+    return model.device.type == "cuda" and isinstance(model, NativeModel) and not waits
+
+
+class CudaGraphs:
+    """Records work as CUDA graphs that share their memory: what one replay returned is gone at the next."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Work) -> Work:
+        """The same work on the same tensors, in one launch."""
+        graph, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may use the device meanwhile
+            try:
+                out = work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(beside)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class Steps:
+    """The decoding steps of one run.
+
+    Args:
+        slots: most sequences of a step.
+        spare: a column that is written anew whenever a slot is filled; sequences that nobody asks for write there.
+        record: makes of work what does it again on the same tensors; what it returns may be gone at the next step.
+    """
+
+    def __init__(self, model: CausalModel, cache: SlotCache, *, slots: int, spare: int, record: Callable[[Work], Work]) -> None:
+        self._model, self._cache, self._spare, self._record = model, cache, spare, record
+        self._tokens = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        self._places = torch.full((slots,), spare, dtype=torch.int64, device=model.device)
+        self._room = 0  # of the cache, when the records were made
+        self._known: dict[tuple[int, int], Work | None] = {}  # by sequences and columns; None where a step was done but once
+
+    def __call__(self, tokens_A: Tensor, places: np.ndarray) -> Tensor:
+        """Hidden states [A, D] of the newest tokens, valid until the next call.
+
+        Args:
+            tokens_A: int64.
+            places: int64 [A], how many tokens each sequence holds already.
+        """
+        active, columns = len(places), self._cache.reach(int(places.max()) + 1, BLOCK)
+        if self._cache.room != self._room:  # the cache lies elsewhere in memory now
+            self._known.clear()
+            self._room = self._cache.room
+        size = len(self._tokens)
+        while size // 2 >= active:
+            size //= 2
+        filled = np.full(size, self._spare)
+        filled[:active] = places
+        self._tokens[:active] = tokens_A
+        self._places[:size] = torch.from_numpy(filled).to(self._places.device, non_blocking=True)
+        return self._step(size, columns)[:active]
+
+    def _step(self, size: int, columns: int) -> Tensor:
+        def work() -> Tensor:
+            places = self._places[:size]
+            where = self._cache.step(places, columns)
+            return self._model.hidden(self._tokens[:size, None], places[:, None], where, cache=self._cache)[:, 0]
+
+        if (size, columns) not in self._known:
+            self._known[size, columns] = None  # not worth a record yet; and what kernels need at their first call can't be recorded
+            return work()
+        known = self._known[size, columns]
+        if known is None:
+            known = self._known[size, columns] = self._record(work)
+        return known()
