@@ -1,4 +1,4 @@
-"""SFT on a few worked problems, then GRPO from there on fresh ones: for tasks that a model can't do at all. Either part can be 0."""
+"""SFT on a few words spelled backward letter by letter, then GRPO from there on fresh ones. Either part can be 0."""
 
 from typing import Annotated
 
@@ -14,14 +14,14 @@ class Args(RunArgs, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face folder or hub name")]
     dtype: Annotated[str, Meta(description="of weights and computation")] = "float32"
     pools: tuple[Pool, ...] = together("train", "sample", "judge", "data", members=1)
-    worked: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=512, seed=1, completion="answer")
+    worked: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=512, seed=1)
     task: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=4000, seed=2)
     held_out: Annotated[int, Meta(ge=1, description="problems of `task` that accuracy is measured on")] = 256
     sft_steps: Annotated[int, Meta(ge=0, description="updates on worked problems")] = 60
     grpo_steps: Annotated[int, Meta(ge=0, description="updates on completions")] = 80
     prompts: Annotated[int, Meta(ge=1, description="problems a step")] = 16
     group_size: Annotated[int, Meta(ge=2, description="completions a problem, compared with each other")] = 8
-    sft_rate: Annotated[float, Meta(gt=0, description="learning rate of AdamW on worked problems")] = 5e-5
+    sft_rate: Annotated[float, Meta(gt=0, description="learning rate of AdamW on worked problems")] = 1e-4
     grpo_rate: Annotated[float, Meta(gt=0, description="the same, on completions")] = 3e-5
 
 
@@ -29,12 +29,13 @@ def main(args: Args) -> None:
     check_model(args.model, chat_template=True)
     with Run(args) as run, place(args.pools, address=args.address, memory=args.memory) as pools:
         policy = run.spawn(Policy(args.model, dtype=args.dtype), on=pools["train"])
-        rollout = run.spawn(Rollout(args.model, dtype=args.dtype, max_tokens=16), on=pools["sample"])
+        rollout = run.spawn(Rollout(args.model, dtype=args.dtype, max_tokens=24), on=pools["sample"])
         reward = run.spawn(Reward(ends_with), on=pools["judge"])
         data = run.spawn(Data(args.task, model=args.model, held_out=args.held_out), on=pools["data"], members=1)
         questions = data.any.held_out(args.held_out)
         hidden = set(questions.result().texts)  # what is measured is never shown
-        known = [record for _, record in args.worked.records(repeats=False) if record["prompt"] not in hidden]
+        known = [(each["prompt"], each["answer"]) for _, each in args.worked.records(repeats=False) if each["prompt"] not in hidden]
+        known = [{"prompt": ask, "completion": f"{' '.join(a[::-1])}, {' '.join(a)}, {a}"} for ask, a in known]  # h a y, y a h, yah
         worked = run.spawn(Documents(known, model=args.model), on=pools["data"], name="worked")
         before = run.evaluate("before", rollout, reward, questions)
         for step, rows in run.batches(worked, args.sft_steps, rows=2):
