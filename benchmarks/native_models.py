@@ -79,7 +79,7 @@ def decoding(model: CausalModel) -> Callable[[], object]:
 
     @torch.inference_mode()
     def step() -> object:
-        where: Dense = cache.step(places, HELD)
+        where: Dense = cache.step(places, cache.reach(HELD + 1))
         return model.hidden(tokens, places[:, None], where, cache=cache)
 
     return step

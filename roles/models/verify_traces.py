@@ -153,7 +153,7 @@ def cached(model: CausalModel, sequences: Sequence[Tensor]) -> list[Trace]:
             places = torch.tensor([min(start + step, len(tokens) - 1) for tokens, start in zip(sequences, starts, strict=True)])
             newest = torch.stack([tokens[place] for tokens, place in zip(sequences, places.tolist(), strict=True)])[:, None]
             going = [number for number, start in enumerate(starts) if start + step < len(sequences[number])]
-            where = cache.step(places.to(device), int(places.max()))
+            where = cache.step(places.to(device), cache.reach(int(places.max()) + 1))
             _run(model, recorder, traces, newest, where, [(number, 0, number, int(places[number])) for number in going], cache)
     return traces
 
