@@ -95,7 +95,8 @@ class SlotCache:
             places_A: int64, how many tokens each sequence holds already: the column its token is written to.
             columns: L, how many are read: more than the greatest of these, as `reach` says.
         """
-        assert places_A.is_cuda or int(places_A.max()) < columns <= self.room, "columns are what `reach` says"
+        if not places_A.is_cuda and not int(places_A.max()) < columns <= self.room:
+            raise AssertionError(f"{columns} columns are read of {self.room}, and a sequence holds {int(places_A.max())}: ask `reach`")
         self._places, self._read = places_A, columns
         at = torch.arange(columns, device=places_A.device)  # a column is a position
         seen = (at <= places_A[:, None])[:, None, None]
