@@ -51,6 +51,7 @@ class LineTable:
     """
 
     window = 0
+    wanted = "write one object a line"  # of a record
 
     def __init__(self, files: list[File], report: Report, *, on_error: Trouble, longest: int, expansion: float, encoding: str) -> None:
         self.files, self.longest, self.expansion, self.encoding = files, longest, expansion, encoding
@@ -171,7 +172,7 @@ class LineTable:
         if isinstance(raw, Long):
             return DataError(f"{place}: {error}.", have=have, remedy='raise longest=… of Files, or skip it: Files(…, on_error="skip")')
         if isinstance(error, NoRecordError):
-            return DataError(f"{place}: {error}.", have=have, remedy="write one object a line")
+            return DataError(f"{place}: {error}.", have=have, remedy=f'{self.wanted}; or skip such: Files(…, on_error="skip")')
         if isinstance(error, UnicodeError) or "utf-8" in str(error).lower():
             remedy = 'name its encoding: Files(…, encoding="latin-1"), or skip such lines: on_error="skip"'
             return DataError(f"{place}: this is no JSON: it is not {self.encoding.upper()}: {error}.", have=have, remedy=remedy)
