@@ -77,8 +77,16 @@ class Mix(msgspec.Struct, frozen=True):
         Args:
             totals: rows of each source, in order; looked at only if `needs_totals`.
             seed: of the stream.
+
+        Raises:
+            DataError: a source is empty that is to be given a number of times, or until it is dry.
         """
         names = list(self.sources)
+        for name, total in zip(names, totals, strict=False):
+            if not total and self.epochs.get(name, 1):
+                raise DataError(
+                    f"The source {name!r} is empty.", have="no record", remedy="give a source with at least one record, or leave it out"
+                )
         caps: list[int | None] = [None] * len(names)
         if self.epochs:
             caps = [math.ceil(self.epochs[name] * total) for name, total in zip(names, totals, strict=True)]

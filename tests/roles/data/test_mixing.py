@@ -136,6 +136,9 @@ def test_mixes_that_make_no_sense_are_refused_before_anything_is_read(settings_:
         Mix(**{"sources": {"a": "/nowhere.jsonl", "b": "/nowhere.jsonl"}, **settings_}).check()
 
 
-def test_an_empty_source_is_named():
+@pytest.mark.parametrize("way", [{}, {"temperature": 2.0}, {"epochs": {"a": 1, "b": 1}}, {"dry": "leave"}, {"dry": "stop"}])
+def test_an_empty_source_is_named(way: dict):
     with pytest.raises(DataError, match="The source 'b' is empty"):
-        words(Mix({"a": texts(3, "a"), "b": []}), 10)
+        words(Mix({"a": texts(3, "a"), "b": []}, **way), 10)
+    with pytest.raises(DataError, match="The source 'a' is empty"):
+        words(Mix({"a": []}, **{**way, **({"epochs": {"a": 1}} if "epochs" in way else {})}), 10)
