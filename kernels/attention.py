@@ -178,9 +178,9 @@ def _on_gpu(
     if not len(found.start) or not _knows_flash(device):
         return None
     if softcap or where.keep(("families",), lambda: bool((found.parent >= 0).any())):
-        from rolecall.kernels.attention_flex import BLOCK, flex, make_block_mask
+        from rolecall.kernels.attention_flex import BLOCK, NARROWEST, flex, make_block_mask
 
-        if found.capacity < BLOCK or not _has_triton():
+        if found.capacity < BLOCK or q.shape[3] < NARROWEST or not _has_triton():
             return None
         mask = where.keep(("flex", window, device), lambda: make_block_mask(found, where.positions, window, device))
         return flex(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)

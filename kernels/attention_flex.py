@@ -17,6 +17,7 @@ from rolecall.kernels.segments import Int64, Segments
 from torch import Tensor
 
 BLOCK = 128  # slots; what FlexAttention's kernels go by
+NARROWEST = 16  # size of a head; its kernels refuse smaller ones
 SHAPES = 64  # of rows, heads, windows and caps that one process may compile for
 Grid = npt.NDArray[np.bool_]
 

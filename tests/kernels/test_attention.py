@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packs import packed, packs
+from rolecall.kernels import attention as attention_module
 from rolecall.kernels.attention import Dense, Packed, attend, attend_plain, attend_slots, packed_mask
 from rolecall.kernels.attention_cpu import CpuJob, find_blocks
 from rolecall.kernels.attention_cudnn import _rounded, find_sequences
@@ -257,3 +258,11 @@ def test_a_parent_without_slots_is_passed_over():
     *parts, _ = inputs(1, 2, 2, 4, 4)
     compare(attend(*parts, where, scale=1.0), attend_plain(*parts, where, scale=1.0), parts, 1.0)
     assert bool(where.dense()[0, 0].tril().eq(torch.ones(4, 4).tril().bool()).all())
+
+
+def test_heads_too_narrow_for_flex_attention_go_another_way(monkeypatch):
+    """Its kernels refuse heads below 16, which a GPU tells only when it compiles."""
+    monkeypatch.setattr(attention_module, "_knows_flash", lambda device: True)
+    where = packed([[(100, [30, 20])]], 256)
+    q, k = torch.zeros(1, 4, 256, 8), torch.zeros(1, 2, 256, 8)
+    assert attention_module._on_gpu(q, k, k, where, 0, 1.0, 0.0, None) is None
