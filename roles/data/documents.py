@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from rolecall.roles.data.packer import TOO_LONG, TooLong, attention_share, pack_
 from rolecall.roles.data.records import Completion, Conversation, Layout, Question, Record, recognise
 from rolecall.roles.data.report import Report, reason
 from rolecall.roles.data.sources import Source, mapping_of, source_of
-from rolecall.roles.data.stream import Raw, Stream
+from rolecall.roles.data.stream import Raw, Stream, too_few_held_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +119,8 @@ class Documents(Role):
         self._report = Report()
         self._stream = Stream(self.source, member.seed if self.seed is None else self.seed, report=self._report, held_out=self.held)
         self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._tried: list[bool] = []  # of the held-out records so far: whether they can be used
+        self._mute: set[int] = set()  # places of those that ask nothing
 
     def close(self) -> None:
         """Give open files back."""
@@ -149,28 +152,40 @@ class Documents(Role):
         return made
 
     def held_out(self, count: int) -> PackedBatch:
-        """The first `count` held-out records, packed; always the same ones, whatever the seed.
+        """The first `count` held-out records that can be used, packed; always the same ones, whatever the seed.
 
         Raises:
             DataError: fewer are held out, or one can't be used and is to be refused.
         """
-        return self._packed(iter(self._ready().held_out(count)), HELD, Report())  # they are no part of the stream
+        raws = list(itertools.islice(self._usable(), count))
+        if len(raws) < count:
+            raise too_few_held_out(count, len(raws))
+        return self._packed(iter(raws), HELD, Report())  # they are no part of the stream
 
     def questions(self, count: int) -> Prompts:
         """The prompts of the first `count` held-out records, for a rollout: what comes before the assistant's last turn.
 
-        Their other columns are those that rewards read.
+        Their other columns are those that rewards read. The records are those of `held_out`, but for any that asks nothing.
 
         Raises:
-            DataError: fewer are held out, or one has nothing to ask.
+            DataError: fewer are held out, or one has nothing to ask or can't be used, and is to be refused.
         """
-        found = self._ready().held_out(count)
-        asked = [_question(raw, self._read(raw)) for raw in found]
+        found: list[tuple[Raw, Question]] = []
+        for raw in self._usable():
+            if len(found) == count:
+                break
+            try:
+                found.append((raw, _question(raw, self._read(raw))))
+            except DataError as error:
+                self._leave_out(raw, error)
+        if len(found) < count:
+            raise too_few_held_out(count, len(found))
+        asked = [question for _, question in found]
         encoded = self._encoder.encode_all(asked)
         tokens = [each.tokens for each in encoded if isinstance(each, Encoded)]
         names = sorted({name for question in asked for name in question.columns})
         return Prompts(
-            keys=np.array([raw.position for raw in found], np.int64),
+            keys=np.array([raw.position for raw, _ in found], np.int64),
             ids=tuple(xxhash.xxh3_128_hexdigest(each.tobytes())[:24] for each in tokens),
             tokens=np.concatenate(tokens),
             cu_seqlens=np.concatenate([[0], np.cumsum([len(each) for each in tokens])]).astype(np.int64),
@@ -178,6 +193,27 @@ class Documents(Role):
             columns={name: tuple(question.columns.get(name) for question in asked) for name in names},
             tokenizer=self._tokenizer,
         )
+
+    def _usable(self) -> Iterator[Raw]:
+        """The held-out records that can be trained on, so that a measurement is of as many as were asked for."""
+        for number, raw in enumerate(self._ready().all_held_out()):
+            if number == len(self._tried):
+                report = Report()
+                self._packed(iter([raw]), HELD, report)
+                self._tried.append(report.total("used") > 0)
+                for why in () if self._tried[-1] else (why for outcome, why in report.counts if outcome == "dropped"):
+                    self._report.add("noted", f"held out and not used: {why}", place=raw.place)
+            if self._tried[number]:
+                yield raw
+
+    def _leave_out(self, raw: Raw, error: DataError) -> None:
+        """Note a held-out record that asks nothing, once; refuse it if that was asked for, or if none of its kind asks anything."""
+        why = getattr(error, "why", "")
+        if self.unusable == "refuse" or not why:
+            raise error
+        if raw.position not in self._mute:
+            self._mute.add(raw.position)
+            self._report.add("noted", f"held out and not asked: {why}", place=raw.place)
 
     def state(self, block: int = 0, row: int = 0) -> dict[str, int]:
         """A place in the stream as a few integers, for `restore`; where to read on from is among them."""
@@ -272,8 +308,11 @@ def _question(raw: Raw, record: Record) -> Question:
             return Question(prompt=before, columns=columns, tools=record.tools, options=record.options, id=record.id, place=record.place)
     if isinstance(record, Completion):
         return Question(prompt=record.prompt, columns=columns, tools=record.tools, options=record.options, id=record.id, place=record.place)
+    talk = isinstance(record, Conversation)
     raise DataError(
-        f"{raw.place}: there is no question in a {type(record).__name__.lower()}.", remedy="hold out conversations or completions"
+        f"{raw.place}: there is no question in a {type(record).__name__.lower()}.",
+        remedy="begin it with a message of the user" if talk else "hold out conversations or completions",
+        why="nothing before the assistant's turn" if talk else "",
     )
 
 

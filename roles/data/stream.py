@@ -106,19 +106,23 @@ class Stream:
         Raises:
             DataError: there are fewer, or none are held out.
         """
-        found: list[Raw] = []
+        found = list(itertools.islice(self.all_held_out(), count))
+        if len(found) < count:
+            raise too_few_held_out(count, len(found))
+        return found
+
+    def all_held_out(self) -> Iterator[Raw]:
+        """All records that are held out, as `held_out`; they are read as they are asked for."""
+        given = 0
         for name in self.names if self.aside else ():
-            report = Report()
-            walk = Walk(table_of(self.mix.sources[name], report), 0, name, shuffle=False)
+            walk = Walk(table_of(self.mix.sources[name], Report()), 0, name, shuffle=False)
             for number in itertools.count():
                 epoch, record = walk.row(number)
                 if epoch:
                     break
                 if record is not None and self._is_aside(record[1]):
-                    found.append(Raw(-1 - len(found), name, 0, *record))
-                    if len(found) == count:
-                        return found
-        raise DataError("So many records are not held out.", ask=str(count), have=str(len(found)), remedy="ask for fewer, or hold more out")
+                    given += 1
+                    yield Raw(-given, name, 0, *record)
 
     def state(self, position: int) -> dict[str, int]:
         """Integers from which `restore` finds `position` again, at once and in any process.
@@ -164,3 +168,8 @@ class Stream:
     def _is_aside(self, columns: dict[str, Any]) -> bool:
         digest = xxhash.xxh3_64_intdigest(msgspec.json.encode(columns, enc_hook=repr, order="sorted"))
         return digest % self.aside == 0
+
+
+def too_few_held_out(asked: int, there: int) -> DataError:
+    """The error of asking for more records than are held out."""
+    return DataError("So many records are not held out.", ask=str(asked), have=str(there), remedy="ask for fewer, or hold more out")

@@ -141,6 +141,32 @@ def test_held_out_records_are_questions_and_rows_and_never_trained(tiny: str) ->
         role.held_out(150)
 
 
+def test_held_out_records_that_can_not_be_used_are_noted_and_others_take_their_place(tiny: str) -> None:
+    """Else a measurement would be of fewer records than were asked for, or a run would end at its first look."""
+    good = conversations(200)
+    dumb = [{"messages": [{"role": "user", "content": f"hm {number}?"}], "answer": ""} for number in range(60)]
+    curt = [{"messages": [{"role": "assistant", "content": f"well {number}"}], "answer": ""} for number in range(60)]
+    role = ready(tiny, [*dumb, *curt, *good], held_out=4)
+    held, asked = role.held_out(40), role.questions(40)
+    assert len(np.unique(held.samples)) == len(asked.keys) == 40
+    assert all(": " in text and "+" in text for text in asked.texts)
+    assert asked.keys[0] < -1, "the first were left out"
+    report = role.report()
+    left_out, mute = (next(word for word in report if word.startswith(f"noted: held out and not {what}: ")) for what in ("used", "asked"))
+    assert left_out.startswith("noted: held out and not used: no trained token (first: record ")
+    assert mute.startswith("noted: held out and not asked: nothing before the assistant's turn (first: record ")
+    assert 5 <= report[left_out] <= 30, "one in four of 60"
+    assert report[mute] >= 1
+    assert role.questions(40).ids == asked.ids
+    assert role.report() == report, "each is noted once"
+    strict = ready(tiny, [*dumb, *good], held_out=4, unusable="refuse")
+    for verb in (strict.held_out, strict.questions):
+        with pytest.raises(DataError, match="no token of the record is trained"):
+            verb(40)
+    with pytest.raises(DataError, match=r"there is no question in a text.*hold out conversations"):
+        ready(tiny, [{"text": f"a {number}"} for number in range(50)], held_out=4).questions(2)
+
+
 def test_states_of_other_data_are_refused(tiny: str) -> None:
     role = ready(tiny, conversations(40))
     state = role.state(1, 0)
