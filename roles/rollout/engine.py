@@ -76,12 +76,10 @@ class Engine:
         record: how decoding steps are recorded to be replayed; None for CUDA graphs where they can be had.
     """
 
-    def __init__(
-        self, model: CausalModel, *, slots: int, ends: frozenset[int], record: Callable[[], Callable[[Work], Work]] | None = None
-    ) -> None:
+    def __init__(self, model: CausalModel, *, slots: int, ends: frozenset[int], record: Callable[[Work], Work] | None = None) -> None:
         self._model, self._slots, self._ends = model, slots, ends
         self._device = model.device
-        self._record = record or (CudaGraphs if replayable(model) else None)
+        self._record = record or (CudaGraphs(self._device) if replayable(model) else None)
         row = ROW_TOKENS[self._device.type]
         self.row_tokens = min(row, model.longest or row)
         self.prefilled = 0  # prompt tokens computed, all runs
@@ -93,7 +91,9 @@ class Engine:
         if self._slots or self._device.type == "cpu":
             return self._slots or most
         each = 2 * spec.layers * spec.kv_heads * spec.head_dim * self._model.dtype.itemsize * longest
-        return max(1, min(most, torch.cuda.mem_get_info(self._device)[0] // SHARE // each))
+        # What PyTorch holds and nobody uses, as the cache of the run before, is free too: else the next run would have fewer slots.
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return max(1, min(most, (torch.cuda.mem_get_info(self._device)[0] + unused) // SHARE // each))
 
     @torch.inference_mode()
     def run(
@@ -144,7 +144,7 @@ class _Run:
         )
         self._steps: Steps | None = None
         if engine._record is not None:
-            self._steps = Steps(model, self._cache, slots=self._slots, spare=self._shared, record=engine._record())
+            self._steps = Steps(model, self._cache, slots=self._slots, spare=self._shared, record=engine._record)
 
     def finish(self) -> None:
         """Run until every completion is made: admit, sample, let go of what ended, compute the next token of the rest."""
@@ -275,4 +275,5 @@ class _Run:
         return self._model.hidden(tokens_A[:, None], positions[:, None], where, cache=self._cache)[:, 0]
 
     def _put(self, array: np.ndarray) -> Tensor:
+        # Not pinned: CUDA has read it when the call returns, so it may go. Only the device's part of the copy is not waited for.
         return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -26,14 +26,30 @@ def replayable(model: CausalModel) -> bool:
 
 
 class CudaGraphs:
-    """Records work as CUDA graphs that share their memory: what one replay returned is gone at the next."""
+    """Records work as CUDA graphs that share their memory: what one replay returned is gone at the next.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    That memory is a pool which PyTorch takes no graph into any more once the last one has left it, and which it gives to nobody else
+    either. So a small graph stays in the pool, and what others leave there serves those recorded later, in later runs too.
+
+    Args:
+        device: where the work is done, whichever device is the current one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stays: Work | None = None
 
     def __call__(self, work: Work) -> Work:
         """The same work on the same tensors, in one launch."""
-        graph, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.device(self._device):
+            if self._stays is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                self._beside = torch.cuda.Stream()  # one for all records: memory of a pool serves the stream that it was made for
+                self._stays = self._captured(lambda: torch.zeros(1, device=self._device))
+            return self._captured(work)
+
+    def _captured(self, work: Work) -> Work:
+        graph, beside = torch.cuda.CUDAGraph(), self._beside
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may use the device meanwhile
