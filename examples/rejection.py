@@ -3,7 +3,7 @@
 As RAFT (Dong et al. 2023, arXiv:2304.06767) and STaR (Zelikman et al. 2022, arXiv:2203.14465), sampled anew at each step.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 from rolecall.actors import Run, RunArgs, launch, pack
@@ -16,7 +16,7 @@ SUMS = ReasoningGym("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 
 
 class Args(RunArgs, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face folder or hub name")]
-    dtype: Annotated[str, Meta(description="of weights and computation")] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], Meta(description="of weights and computation")] = "float32"
     pools: tuple[Pool, ...] = together("train", "sample", "judge", "data", members=2)
     task: Annotated[ReasoningGym, Meta(description="where problems come from")] = SUMS
     ask: Annotated[str, Meta(description="added to each problem")] = " Give only the final answer."

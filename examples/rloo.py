@@ -4,7 +4,7 @@
 """
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 from rolecall.actors import Run, RunArgs, gather, launch, pack
@@ -19,7 +19,7 @@ SUMS = ReasoningGym("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 
 
 class Args(RunArgs, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face folder or hub name")]
-    dtype: Annotated[str, Meta(description="of weights and computation")] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], Meta(description="of weights and computation")] = "float32"
     pools: tuple[Pool, ...] = together("train", "sample", "reference", "judge", "data", members=2)
     task: Annotated[ReasoningGym, Meta(description="where problems come from")] = SUMS
     ask: Annotated[str, Meta(description="added to each problem")] = " Give only the final answer."

@@ -120,6 +120,15 @@ def test_python_in_a_page_parses_and_imports_what_is_there(page, code):
     assert not unknown_imports(code), page.name
 
 
+@pytest.mark.parametrize(
+    ("page", "file"),
+    [("README.md", "examples/grpo.py"), ("README.md", "examples/custom_reward.py"), ("docs/rewards.md", "examples/custom_reward.py")],
+)
+def test_a_file_that_is_shown_in_full_is_the_file(page, file):
+    shown = PYTHON.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert (ROOT / file).read_text(encoding="utf-8") in shown, f"copy {file} into {page}"
+
+
 def test_the_page_of_messages_is_what_the_classes_say():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)

@@ -77,6 +77,24 @@ def test_controllers_stay_short(sources):
             assert source.text.count("\n") <= CONTROLLER_LINES, source.path
 
 
+def private_names(source) -> list[str]:
+    """Names with an underscore in front that the file takes from elsewhere."""
+    found = []
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ImportFrom):
+            words = [*(node.module or "").split("."), *(each.name for each in node.names)]
+        elif isinstance(node, ast.Attribute):
+            words = [node.attr]
+        else:
+            continue
+        found += [f"{source.path}:{node.lineno}: {word}" for word in words if word.startswith("_") and word != "__future__"]
+    return [name for name in found if not name.endswith("__")]
+
+
+def test_controllers_use_public_names_alone(sources):
+    assert not [name for source in sources if source.folder == "examples" for name in private_names(source)]
+
+
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
@@ -85,6 +103,8 @@ def test_controllers_stay_short(sources):
         (size_faults, "# TO" + "DO: later"),
         (annotation_faults, "def f(x) -> None: ..."),
         (annotation_faults, "class A:\n    def f(self): ..."),
+        (private_names, "from rolecall.actors.run import _script"),
+        (private_names, "def f(run):\n    return run._groups"),
         (document_faults, "x = 1"),
         (document_faults, '"""Doc."""\ndef f() -> None: ...'),
     ],
