@@ -13,17 +13,22 @@ app = App(name="rolecall", help="A Ray-native actor system for LLM post-training
 
 
 @app.command
-def plan(config: Path, *, cluster: Path | None = None, address: str | None = None) -> int:
-    """Show where the pools of a configuration would go, or every reason why they don't fit.
+def plan(config: Path | None = None, *, controller: str = "", cluster: Path | None = None, address: str | None = None) -> int:
+    """Show where the pools of a run would go, or every reason why they don't fit.
 
     Args:
-        config: TOML file with `[[pools]]` tables, as a run reads it.
+        config: TOML file of a run. With `[[pools]]` tables it says all; else name the controller too.
+        controller: module, or file, of the controller whose own pools `[pools.NAME]` tables change, or that are meant without a file.
         cluster: TOML file with `[[node]]` tables; without it the live cluster is asked.
         address: of the live cluster; without it a local Ray on this machine.
     """
-    from rolecall.placement.command import plan as show
+    from rolecall.actors.planning import pools_of
+    from rolecall.placement.command import plan as plan_alone
+    from rolecall.placement.command import show
 
-    return show(config, cluster, address)
+    if config is not None and not controller:
+        return plan_alone(config, cluster, address)
+    return show(lambda: pools_of(controller, config), cluster, address)
 
 
 @app.command

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rolecall.placement.memory import read_memory
 from rolecall.placement.nodes import Node, live, read_cluster
 from rolecall.placement.planner import fit
-from rolecall.placement.pools import read_pools
+from rolecall.placement.pools import Pool, check_pools, read_pools
 from rolecall.protocols.errors import ConfigError, PlanError, UserError
 
 FITS, REFUSED, MISTAKEN = 0, 1, 2
+Asked = tuple[Sequence[Pool], Mapping[str, Any]]  # pools, and the tables [memory.ROLE]
 
 
 def plan(config: Path, cluster: Path | None = None, address: str | None = None) -> int:
@@ -27,16 +29,25 @@ def plan(config: Path, cluster: Path | None = None, address: str | None = None) 
     Returns:
         Exit status: 0 it fits, 1 it does not, 2 the question makes no sense.
     """
+
+    def declared() -> Asked:
+        table = _read(config)
+        return read_pools(table["pools"], f"{config.name}: pools"), table.get("memory", {})
+
+    return show(declared, cluster, address)
+
+
+def show(asked: Callable[[], Asked], cluster: Path | None = None, address: str | None = None) -> int:
+    """`plan` of the pools and memory tables that `asked` finds out; the mistakes that it raises are printed too."""
     from rich.console import Console
     from rolecall.placement.table import plan_tables, reasons_table
 
     console = Console(markup=False)  # names may hold brackets
     try:
-        table = _read(config)
-        pools = read_pools(table["pools"], f"{config.name}: pools")
-        memory = read_memory(table.get("memory", {}))
+        pools, tables = asked()
+        memory = read_memory(tables)
         nodes = read_cluster(cluster) if cluster else _live(address)
-        console.print(plan_tables(fit(pools, nodes, memory=memory)))
+        console.print(plan_tables(fit(check_pools(pools), nodes, memory=memory)))
         console.print("The pools fit.")
         return FITS
     except PlanError as error:
@@ -58,10 +69,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} changes pools of a controller's own list, which isn't known here.",
             ask="tables [pools.NAME]",
-            remedy="write the pools out, each as a table [[pools]] with name = …: controllers take that form too",
+            remedy="name the controller (--controller rolecall.examples.grpo), or write the pools out, as named tables [[pools]]",
         )
     if not isinstance(table.get("pools"), list):
-        raise ConfigError(f"{path} declares no pools.", remedy='write at least one table: [[pools]] name = "train" members = 2')
+        raise ConfigError(
+            f"{path} declares no pools.",
+            remedy='name the controller whose own pools are meant (--controller), or write at least one table: [[pools]] name = "train"',
+        )
     return table
 
 

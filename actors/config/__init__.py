@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from rolecall.actors.config.layers import Layers, pairs
 from rolecall.actors.config.toml import written
 from rolecall.protocols.errors import ConfigError
 
-__all__ = ["dump", "parse", "resolve"]
+__all__ = ["dump", "given", "parse", "resolve"]
 
 A = TypeVar("A", bound=msgspec.Struct)
 USER_MISTAKE = 2  # exit code
@@ -58,21 +58,30 @@ def resolve(kind: type[A], argv: Sequence[str]) -> A:
     Raises:
         ConfigError: with every mistake, each with its place; `mistakes` holds them one by one.
     """
-    layers = Layers(kind)
-    given = pairs(argv, layers.check)
-    for key, text in given:
+    result: A = _resolved(Layers(kind), argv)
+    return result
+
+
+def given(kind: type[msgspec.Struct], argv: Sequence[str]) -> dict[str, Any]:
+    """As `resolve`, where what must be given may be missing: field → value of those that there are."""
+    result: dict[str, Any] = _resolved(Layers(kind, whole=False), argv)
+    return result
+
+
+def _resolved(layers: Layers, argv: Sequence[str]) -> Any:
+    found = pairs(argv, layers.check)
+    for key, text in found:
         if key == "config":
             layers.file(text)
-    for key, text in given:
+    for key, text in found:
         if key != "config":
             layers.override(key, text)
-    made = layers.check.build(kind, layers.tree)
+    made = layers.check.build(layers.kind, layers.tree)
     mistakes = layers.check.mistakes
     if mistakes:
         head = f"{len(mistakes)} mistakes in the configuration:" if len(mistakes) > 1 else "a mistake in the configuration:"
         raise ConfigError("\n  ".join([head, *mistakes]), mistakes=tuple(mistakes))
-    result: A = made
-    return result
+    return made
 
 
 def dump(args: msgspec.Struct) -> str:

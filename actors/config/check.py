@@ -25,12 +25,13 @@ class Checker:
     """Turns a tree of plain values into a struct, and gathers every mistake with its place on the way.
 
     Attributes:
+        whole: whether a value that must be given has to be there.
         places: path of a value → where the user wrote it ("run.toml:7", "--steps x").
         mistakes: what is wrong, one line each.
     """
 
-    def __init__(self, root: type[msgspec.Struct]) -> None:
-        self.root = root
+    def __init__(self, root: type[msgspec.Struct], *, whole: bool = True) -> None:
+        self.root, self.whole = root, whole
         self.places: dict[Path, str] = {}
         self.mistakes: list[str] = []
 
@@ -73,12 +74,14 @@ class Checker:
             where = f" in {dotted(path)}" if path else ""
             remedy = f"did you mean {near!r}?" if near else f"there are: {', '.join(known)}"
             self.refuse((*path, name), f"unknown key {name!r}{where}; {remedy}")
-        missing = [name for name, field in known.items() if field.required and name not in value]
+        missing = [name for name, field in known.items() if field.required and name not in value] if self.whole or path else []
         for name in missing:
             self.refuse(path, f"{dotted((*path, name))} is missing: {words(known[name].type)}")
         made = {name: self.build(field.type, value[name], (*path, name)) for name, field in known.items() if name in value}
         if len(self.mistakes) > before:
             return value
+        if not self.whole and not path:
+            return made
         try:
             return kind(**made)
         except (ValueError, TypeError) as error:  # the struct's own check of its fields

@@ -61,10 +61,10 @@ class Layers:
         check: knows the place of every value that a user wrote, and the mistakes so far.
     """
 
-    def __init__(self, kind: type[msgspec.Struct]) -> None:
+    def __init__(self, kind: type[msgspec.Struct], *, whole: bool = True) -> None:
         self.kind = kind
         self.tree: dict[str, Any] = defaults(kind)
-        self.check = Checker(kind)
+        self.check = Checker(kind, whole=whole)
         self._places: dict[Path, str] = {}  # of the file being laid over
 
     def file(self, name: str | None) -> None:
