@@ -25,6 +25,7 @@ class Group:
 
     Attributes:
         world: number of members.
+        called: whether anything was asked of a member yet.
         version: newest weights version that a member reported.
         step: of the controller's loop; named in errors.
     """
@@ -33,7 +34,7 @@ class Group:
         self, name: str, pool: PlacedPool, actors: list[Any], logs: list[Path | None], deadline: float, verbs: frozenset[str]
     ) -> None:
         self.name, self.pool, self.deadline, self.verbs = name, pool, deadline, verbs
-        self.world, self.version, self.step = len(actors), 0, 0
+        self.world, self.version, self.step, self.called = len(actors), 0, 0, False
         self.metrics: dict[str, tuple[float, float]] = {}
         self.seconds: dict[str, list[float]] = {}  # verb → seconds of each call in the role's own code
         self._actors, self._logs = actors, logs
@@ -148,6 +149,7 @@ class Caller:
             raise CallError(
                 f"group {group.name!r} is closed; {verb!r} can't be called any more.", role=group.name, rank=-1, verb=verb, remote=""
             )
+        group.called = True
         if self._adverb == "split":
             pending = _split(group, verb, arguments, options)
         else:

@@ -21,7 +21,7 @@ from rolecall.actors.group import Group
 from rolecall.actors.pending import TRAFFIC, Pending
 from rolecall.actors.progress import Progress
 from rolecall.actors.spawn import spawn
-from rolecall.protocols import ConfigError, PackedBatch, Prompts, Samples, Scores
+from rolecall.protocols import ConfigError, PackedBatch, Prompts, Samples, Scores, UserError
 from rolecall.roles.base import Role
 
 if TYPE_CHECKING:
@@ -49,22 +49,15 @@ class Run:
         folder: of the run, absolute.
 
     Raises:
-        ConfigError: the folder exists.
+        ConfigError: the folder exists or can't be made, or there is no checkpoint to resume from.
     """
 
     def __init__(self, args: RunArgs) -> None:
         name = args.name or f"{_script(args)}-{datetime.now():%Y%m%d-%H%M%S}"
         self.args, self.name = args, name
-        self.folder = (Path(args.runs) / name).absolute()
-        try:
-            self.folder.mkdir(parents=True)
-        except FileExistsError:
-            raise ConfigError(
-                f"run folder {self.folder} exists.",
-                ask=f"a new run {name!r}",
-                have="a folder of that name, which is left as it is",
-                remedy="give another --name, or move the folder away",
-            ) from None
+        if args.resume:
+            saving.find(args.resume)  # a wrong folder is told before anything starts
+        self.folder = _made((Path(args.runs) / name).absolute(), name)
         (self.folder / "config.toml").write_text(dump(args))
         self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
         self._groups: list[Group] = []
@@ -82,15 +75,18 @@ class Run:
         if self._progress is not None:
             self._progress.close()
         self._metrics.close()
-        if error is not None and not self._groups and not (self.folder / "metrics.jsonl").stat().st_size:
+        mistaken = isinstance(error, UserError) and not any(group.called for group in self._groups)
+        if error is not None and (mistaken or not self._groups) and not (self.folder / "metrics.jsonl").stat().st_size:
             self._forget()
 
     def _forget(self) -> None:
-        """Nothing was started: leave no folder, so that the name can be used again once the mistake is corrected."""
-        for name in ("config.toml", "metrics.jsonl"):
-            (self.folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody put something in
-            self.folder.rmdir()
+        """Nothing was asked of anybody: leave no folder, so that the name can be used again once the mistake is corrected."""
+        logs = [Path(group.log(rank)) for group in self._groups for rank in range(group.world) if group.log(rank)]
+        for file in (self.folder / "config.toml", self.folder / "metrics.jsonl", *logs):
+            file.unlink(missing_ok=True)
+        for folder in (self.folder / "logs", self.folder):
+            with contextlib.suppress(OSError):  # it is not there, or somebody put something in
+                folder.rmdir()
 
     def spawn(self, role: Role, *, on: PlacedPool, **options: Any) -> Group:
         """`spawn` with this run's folder and seed."""
@@ -252,6 +248,24 @@ class Run:
                 }
             )
         )
+
+
+def _made(folder: Path, name: str) -> Path:
+    """The run's folder, which must be a new one."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(
+            f"run folder {folder} exists.",
+            ask=f"a new run {name!r}",
+            have="a folder of that name, which is left as it is",
+            remedy="give another --name, or move the folder away",
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {folder} can't be made: {error.strerror}.", remedy="give --runs a folder that can be written to"
+        ) from None
+    return folder
 
 
 def _added(reports: list[dict[str, int]]) -> dict[str, int]:

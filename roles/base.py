@@ -52,7 +52,7 @@ class Role:
     name: str = ""  # word for this role in logs and metrics; "" means the class name in lower case
 
     def check(self) -> None:
-        """Refuse settings that can't work, at the controller and before anything starts. Must be quick and light."""
+        """Refuse settings that can't work: at the controller, when the role is spawned, before its members start. Must be quick."""
 
     def setup(self, member: Member) -> None:
         """Take `member`'s place in the group. Subclasses call this first, then load what they need."""

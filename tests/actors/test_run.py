@@ -18,10 +18,10 @@ import ray
 import running
 from rolecall.actors import Run, launch
 from rolecall.actors.config import resolve
-from rolecall.examples import grpo
+from rolecall.examples import grpo, rejection, rloo
 from rolecall.placement.cluster import connect
 from rolecall.protocols import ConfigError, ModelError
-from rolecall.roles import Reward
+from rolecall.roles import Data, Reward
 
 REFUSAL = 2.0  # seconds of CPU in which a wrong configuration is refused
 ROUNDING = 1e-4  # nats between our packed rows and plain transformers, one sequence at a time, in float32
@@ -157,6 +157,42 @@ def test_a_run_folder_that_exists_is_left_as_it_is(no_ray: None, tiny: str, tmp_
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_run_folder_that_can_not_be_made(no_ray: None, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("somebody's")
+    said = refused([*running.arguments(tmp_path, tiny), "--runs", str(tmp_path / "file")], capsys)
+    for words in (f"{tmp_path}/file/run can't be made", "Not a directory", "Do: give --runs"):
+        assert words in said
+    assert (tmp_path / "file").read_text() == "somebody's"
+
+
+def test_a_checkpoint_that_is_not_there_is_told_before_anything_starts(
+    no_ray: None, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused([*running.arguments(tmp_path, tiny), "--resume", str(tmp_path / "gone")], capsys)
+    for words in ("There is no checkpoint in", "no such folder", "Do: give the folder of a run that saved one"):
+        assert words in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_told_and_leaves_no_folder(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    said = refused([*running.arguments(tmp_path, tiny), "--address", "127.0.0.1:1"], capsys)
+    for words in ("No Ray cluster answers", "Asked: 127.0.0.1:1", "Do: start one (ray start --head)"):
+        assert words in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_role_refuses_when_it_is_spawned_leaves_no_folder(
+    cluster: None, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpo, "Data", lambda task, **settings: Data(task, **{**settings, "ahead": -1}))  # the last of five roles
+    said = refused(running.arguments(tmp_path, tiny), capsys)
+    assert "ahead can't be negative. Asked: ahead=-1." in said
+    assert not (tmp_path / "run").exists(), "its name can be used again"
+
+
 @pytest.mark.parametrize(
     ("lost", "words"),
     [("model.safetensors", ["no weights", "finish the download"]), ("chat_template.jinja", ["no chat template", "instruction-tuned"])],
@@ -168,6 +204,12 @@ def test_half_a_model_is_refused_before_anything_starts(no_ray: None, tiny: str,
         grpo.main(resolve(grpo.Args, running.arguments(tmp_path, str(tmp_path / "model"))))
     assert all(word in str(caught.value) for word in words)
     assert not (tmp_path / "run").exists(), "its name can be used again"
+
+
+def test_a_precision_that_there_is_not_is_refused_by_the_configuration() -> None:
+    for module in (grpo, rejection, rloo):
+        with pytest.raises(ConfigError, match="--dtype bfloat: expected one of 'float32', 'bfloat16'; did you mean 'bfloat16'"):
+            resolve(module.Args, ["--model", "m", "--dtype", "bfloat"])
 
 
 def test_group_size_1_is_refused_by_the_configuration_without_loading_anything(tmp_path: Path) -> None:
