@@ -23,7 +23,7 @@ import ray
 from harness import Timing, alternate, arguments, finish
 from rolecall.actors import spawn
 from rolecall.actors.pending import TRAFFIC
-from rolecall.kernels.packing import balance
+from rolecall.kernels.balancing import balance
 from rolecall.placement import PlacedPool, Pool, place
 from rolecall.protocols import Logprobs, Metrics, Samples, Scores, encode
 from rolecall.roles.base import Role

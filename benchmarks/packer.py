@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 from harness import Timing, alternate, arguments, finish
-from rolecall.kernels.packing import OpenRows, assign_rows, balance, cost, lay, pack_rows
+from rolecall.kernels.balancing import balance, cost
+from rolecall.kernels.packing import OpenRows, assign_rows, lay, pack_rows
 
 SEED, CAPACITY, SEQUENCES, TOKENS = 7, 8192, 100_000, 488_000
 UNITS, RANKS, OPEN = 4096, 64, 32

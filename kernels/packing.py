@@ -1,14 +1,13 @@
-"""Which sequence goes into which row, and which unit to which member. Numbers in, numbers out.
+"""Which sequence goes into which row. Numbers in, numbers out.
 
-N sequences, R rows, C capacity, P units, T tokens.
+N sequences, R rows, C capacity, T tokens.
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +15,11 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 FEW = 4096  # sequences up to which best fit one by one is quick enough, and better
-EVEN = 1500  # the heaviest rank is within 1/1500 of the mean: even enough
 SHORT = 600  # tokens of an average sequence from which copying one by one is quicker than by index
 BLOCK = 2**14  # slots laid at once, so that what is computed on the way stays in a cache and in memory that is there
 WAVES = 4  # more fill rows better and take longer
 MANY = 24  # sequences of a row from which one wave fills rows as well as several
+TAIL = 32  # a wave of fewer rows than such a part of the first would take many rounds for little
 
 
 def pack_rows(lengths: npt.ArrayLike, capacity: int) -> list[list[int]]:
@@ -80,24 +79,45 @@ def assign_rows(lengths: npt.ArrayLike, capacity: int) -> Int64:
         return _by_best_fit(sizes, capacity)
     if len(sizes) * capacity > 48 * int(sizes.sum()):
         return _assign_bundles(sizes, capacity)
-    narrow = np.uint16 if capacity < 2**16 else np.int64  # NumPy sorts 16 bits by counting
-    sizes = sizes.astype(narrow)
+    return _assign_waves(sizes, capacity)
+
+
+def _assign_waves(sizes: Int64, capacity: int) -> Int64:
+    """Wave after wave of rows, the last few sequences one after the other."""
     hist = np.bincount(sizes)
-    mass = int(sizes.sum(dtype=np.int64))
+    order = stable_order(sizes, len(hist) - 1)
+    base = np.cumsum(hist) - hist  # in that order, where the sequences of each length begin; those still to place come first
+    mass = int(sizes.sum())
     waves = WAVES if len(sizes) * capacity < MANY * mass else 1
-    share, left, first = -(-mass // (capacity * waves)), len(sizes), 0
-    rounds: list[tuple[Int64, Int64]] = []
-    while left:
-        wave = max(1, min(share, -(-mass // capacity)))
-        taken = _fill_wave(hist, np.arange(first, first + wave), capacity, narrow)
-        first += wave
-        left -= sum(len(part) for _, part in taken)
-        mass -= sum(int(part.sum()) for _, part in taken)
-        rounds += taken
-    rows, took = (np.concatenate(parts) for parts in zip(*rounds, strict=True))
+    share, first = -(-mass // (capacity * waves)), 0
     found = np.empty(len(sizes), dtype=np.int64)
-    found[np.argsort(sizes, kind="stable")] = rows[np.argsort(took.astype(narrow), kind="stable")]
+    while (need := -(-mass // capacity)) * TAIL > share:
+        wave = min(share, need)
+        for rows, places in _fill_wave(hist, base, first + np.arange(wave), capacity):
+            found[order[places]] = rows
+        first += wave
+        mass = int(hist @ np.arange(len(hist)))
+    rest = np.repeat(base + hist - np.cumsum(hist), hist) + np.arange(int(hist.sum()))
+    last = order[rest][::-1]  # the longest first
+    found[last] = first + _next_fit(sizes[last], capacity)
     return found
+
+
+def stable_order(keys: Int64, most: int) -> npt.NDArray[np.integer]:
+    """Numbers of the keys, none negative or above `most`, in ascending order of them; equal ones by number.
+
+    Key and number side by side in one number are sorted in a third of the time that numbers by their keys take.
+    """
+    bits = len(keys).bit_length()
+    width = bits + most.bit_length()
+    if width > 64:
+        return np.argsort(keys, kind="stable")
+    both = keys.astype(np.uint32 if width <= 32 else np.uint64)
+    both <<= bits
+    both |= np.arange(len(keys), dtype=both.dtype)
+    both.sort()
+    both &= 2**bits - 1
+    return both if width <= 32 else both.astype(np.int64)
 
 
 def _assign_bundles(sizes: Int64, capacity: int) -> Int64:
@@ -123,26 +143,41 @@ def _by_best_fit(sizes: Int64, capacity: int) -> Int64:
     return rows
 
 
-def _fill_wave(hist: Int64, rows: Int64, capacity: int, narrow: type[np.integer]) -> list[tuple[Int64, Int64]]:
-    """Fill empty rows; returns round by round which rows took sequences of which lengths, and takes them out of `hist`."""
-    rounds: list[tuple[Int64, Int64]] = []
-    space = np.full(len(rows), capacity, dtype=narrow)
+def _fill_wave(hist: Int64, base: Int64, rows: Int64, capacity: int) -> Iterator[tuple[Int64, Int64]]:
+    """Fill empty rows. Yields round by round which rows took which sequences, by their places, and takes those out of `hist`."""
+    used = np.zeros(len(rows), dtype=np.uint16 if capacity < 2**16 else np.int64)  # NumPy sorts 16 bits by counting
+    turn = np.arange(len(rows))
     longest = len(hist) - 1
-    while len(rows):
-        order = np.argsort(space, kind="stable")[::-1]  # the emptiest first
-        upto = np.cumsum(hist)
+    while True:
+        order = np.argsort(used, kind="stable")  # the emptiest first
+        rows, used = rows[order], used[order]
+        longest = min(longest, capacity - int(used[0]))
+        left = hist[: longest + 1]
+        upto = np.cumsum(left)
         # Sequences in ascending order are numbered 0, 1, …; a row with room for the lengths up to l takes number upto[l] - 1 or, where
         # emptier rows have come before, the next one below.
-        place = np.arange(len(order))
-        takes = np.minimum.accumulate(upto[np.minimum(space[order], longest)] - 1 + place) - place
-        order = order[: int(np.count_nonzero(takes >= 0))]
-        if not len(order):
-            break
-        took = np.searchsorted(upto, takes[: len(order)], side="right")
-        rows, space = rows[order], (space[order] - took).astype(narrow)
-        rounds.append((rows, took))
-        hist -= np.bincount(took, minlength=len(hist))
-    return rounds
+        takes = upto[np.minimum(capacity - used.astype(np.int64), longest)] + turn[: len(rows)]
+        takes = np.minimum.accumulate(takes) - 1 - turn[: len(rows)]
+        count = int(np.count_nonzero(takes >= 0))
+        if not count:
+            return
+        rows, used, takes = rows[:count], used[:count], takes[:count]
+        took = np.searchsorted(upto, takes[::-1], side="right")[::-1]  # ascending ones are found faster
+        # What is taken of a length is always the last of it, so what is left of it stays side by side from its base on.
+        yield rows, takes + base[took] - upto[took] + left[took]
+        left -= np.bincount(took, minlength=longest + 1)
+        used = used + took.astype(used.dtype)
+
+
+def _next_fit(sizes: Int64, capacity: int) -> Int64:
+    """[N] rows: as many sequences as fit, one after the other, then the next row."""
+    upto = np.cumsum(sizes)
+    ends, end, before = [0], 0, 0
+    while end < len(sizes):
+        end = int(np.searchsorted(upto, before + capacity, side="right"))
+        before = int(upto[end - 1])
+        ends.append(end)
+    return np.repeat(np.arange(len(ends) - 1), np.diff(ends))
 
 
 class OpenRows:
@@ -271,16 +306,6 @@ def _lay_short(tokens: npt.NDArray[np.integer], first: Int64, lengths: Int64, co
     return found
 
 
-def cost(lengths: npt.ArrayLike, per_token: float = 1.0, per_pair: float = 0.0) -> npt.NDArray[np.float64]:
-    """What sequences cost to compute, [N] float64: per_token * s + per_pair * s^2, the second for attention.
-
-    For a decoder with P parameters besides the embedding and L layers of H heads of size d, a token costs 2 P FLOPs forward, and a sequence
-    2 L H d s^2 for causal attention: per_pair / per_token = L H d / P.
-    """
-    size = np.asarray(lengths, dtype=np.float64)
-    return per_token * size + per_pair * size * size
-
-
 def _checked(lengths: npt.ArrayLike, capacity: int) -> Int64:
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.size and (int(sizes.max()) > capacity or int(sizes.min()) < 0):
@@ -294,107 +319,3 @@ def _too_long(number: int, size: int, capacity: int) -> str:
         f"A sequence doesn't fit a row. Asked: sequence {number} of {size} slots. There is: rows of {capacity}. "
         "Do: raise the capacity, or shorten or leave out the sequence."
     )
-
-
-def balance(sizes: npt.ArrayLike, ranks: int) -> list[Int64]:
-    """Divide units over ranks so that the sums of sizes are nearly equal: largest first, each to the lightest rank.
-
-    At most 4/3 of the best possible heaviest rank (Graham 1969), then improved by swaps between the heaviest and the
-    lightest. Every rank gets a unit if there are enough. Deterministic. Where there are many units, the largest ones are dealt out in turn,
-    there and back, as long as the smaller ones can make up for what that leaves uneven.
-
-    Args:
-        sizes: [P] int or float, not negative: what each unit costs (tokens, or `cost`).
-        ranks: into how many parts.
-
-    Returns:
-        For each rank the numbers of its units, ascending, int64.
-
-    Raises:
-        ValueError: ranks is less than 1, or a size is negative or not finite.
-    """
-    if ranks < 1:
-        raise ValueError(f"Units are divided over members. Asked: {ranks} parts. Do: give 1 or more.")
-    costs = _whole(np.asarray(sizes))
-    owner = _lightest(costs, ranks)
-    _even_out(costs, owner, ranks)
-    order = np.argsort(owner.astype(np.uint16) if ranks < 2**16 else owner, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(owner, minlength=ranks))[:-1])
-
-
-def _whole(sizes: npt.NDArray[Any]) -> Int64:
-    """Costs as whole numbers; floats are scaled so that the largest has 31 bits."""
-    if sizes.size and not (np.isfinite(sizes).all() and sizes.min() >= 0):
-        raise ValueError("Sizes are finite and not negative. Do: give what each unit costs, in tokens or by `cost`.")
-    if sizes.dtype.kind == "f":
-        most = float(sizes.max(initial=0))
-        sizes = np.rint(sizes / (most or 1.0) * 2**31)
-    return sizes.astype(np.int64)
-
-
-def _lightest(costs: Int64, ranks: int) -> Int64:
-    """[P] the rank of each unit: the largest are dealt out in turn, each of the rest goes to the lightest rank."""
-    number = len(costs)
-    if not number:
-        return np.zeros(0, dtype=np.int64)
-    order = np.sort((int(costs.max()) - costs) * number + np.arange(number)) % number  # largest first, ties by number
-    ordered = costs[order]
-    dealt, totals = _deal(ordered, ranks)
-    places = np.empty(number, dtype=np.int64)
-    there = np.arange(ranks)
-    places[:dealt] = np.concatenate([there, there[::-1]] * (dealt // (2 * ranks)) or [there[:0]])
-    heap = (totals * ranks + np.arange(ranks)).tolist()  # one number for total and rank: quicker to compare than a pair
-    heapq.heapify(heap)
-    lightest = []
-    # A unit that costs nothing counts 1 here: else all of them would go to one rank, and others could stay empty.
-    for step in (ordered[dealt:].clip(min=1) * ranks).tolist():
-        top = heap[0]
-        lightest.append(top)
-        heapq.heapreplace(heap, top + step)
-    places[dealt:] = np.asarray(lightest, dtype=np.int64) % ranks
-    owner = np.empty(number, dtype=np.int64)
-    owner[order] = places
-    return owner
-
-
-def _deal(ordered: Int64, ranks: int) -> tuple[int, Int64]:
-    """How many of the largest units to deal out in turn, there and back, and each rank's total after that."""
-    turns = len(ordered) // (2 * ranks)
-    pairs = ordered[: turns * 2 * ranks].reshape(turns, 2, ranks)
-    totals = np.cumsum(pairs[:, 0] + pairs[:, 1, ::-1], axis=0)
-    lacking = totals.max(axis=1, initial=0) * ranks - totals.sum(axis=1) if turns else np.zeros(0, np.int64)
-    rest = int(ordered.sum()) - totals.sum(axis=1)
-    # Only where the small ones left over can fill up all ranks twice: the last of them then even out what the first leave.
-    fine = np.flatnonzero(2 * lacking <= rest)
-    fine = fine[fine < turns * 3 // 4]
-    if not len(fine):
-        return 0, np.zeros(ranks, dtype=np.int64)
-    return (int(fine[-1]) + 1) * 2 * ranks, totals[fine[-1]]
-
-
-def _even_out(costs: Int64, owner: Int64, ranks: int) -> None:
-    """Swap units of the heaviest and the lightest rank while that lowers their difference; changes `owner`."""
-    totals = np.bincount(owner, weights=costs, minlength=ranks).astype(np.int64)
-    mean = int(totals.sum()) // ranks
-    for _ in range(4 * ranks):
-        heavy, light = int(totals.argmax()), int(totals.argmin())
-        gap = int(totals[heavy] - totals[light])
-        if gap < 2 or (int(totals[heavy]) - mean) * EVEN <= mean:
-            return
-        ours, theirs = np.flatnonzero(owner == heavy), np.flatnonzero(owner == light)
-        if not len(theirs):
-            return
-        theirs = theirs[np.argsort(costs[theirs], kind="stable")]
-        # A swap that shifts s leaves |gap - 2 s|: for each unit of ours the partner is the one nearest to cost - gap / 2,
-        # which stands on either side of where that number would be sorted in.
-        right = np.searchsorted(costs[theirs], costs[ours] - gap // 2).clip(max=len(theirs) - 1)
-        partners = np.stack([right, (right - 1).clip(min=0)])
-        left_over = np.abs(gap - 2 * (costs[ours] - costs[theirs[partners]]))
-        side, best = np.unravel_index(int(left_over.argmin()), left_over.shape)
-        if left_over[side, best] >= gap:
-            return
-        one, other = ours[best], theirs[partners[side, best]]
-        shift = int(costs[one] - costs[other])
-        owner[one], owner[other] = light, heavy
-        totals[heavy] -= shift
-        totals[light] += shift

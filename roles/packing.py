@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from rolecall.kernels.aggregation import token_mean
-from rolecall.kernels.packing import balance, pack_rows
+from rolecall.kernels.balancing import balance
+from rolecall.kernels.packing import pack_rows
 from rolecall.protocols.errors import DataError, MessageError
 from rolecall.protocols.messages import Logprobs, PackedBatch, Samples
 

@@ -10,6 +10,7 @@ LIGHT = (
     "rolecall.protocols",
     "rolecall.kernels.advantages",
     "rolecall.kernels.losses",
+    "rolecall.kernels.balancing",
     "rolecall.kernels.packing",
     "rolecall.placement",
     "rolecall.roles",
