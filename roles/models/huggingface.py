@@ -11,6 +11,7 @@ from rolecall.protocols.errors import ModelError
 from rolecall.roles.models.causal import CausalModel
 from rolecall.roles.models.families.common import stops_of, windows_of
 from rolecall.roles.models.folder import source_of
+from rolecall.roles.models.reading import check_finite, check_names, check_shapes
 from rolecall.roles.models.spec import ModelSpec
 from torch import Tensor
 
@@ -99,21 +100,18 @@ def load_huggingface(path: str, *, dtype: torch.dtype, device: str) -> HuggingFa
     """Load a model as its transformers class.
 
     Raises:
-        ModelError: it can't be loaded, its weights are not whole, or as `examine` says.
+        ModelError: as `from_transformers` and `examine` say.
     """
-    net, report = from_transformers(path, dtype=dtype)
-    wanting = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if wanting:  # transformers only warns, and fills these with random numbers
-        raise ModelError(
-            f"The weights of {path} are not whole.",
-            ask=f"{len(wanting)} more tensors, such as {wanting[0]}",
-            remedy="download or save the model again",
-        )
-    return examine(net.to(device))
+    return examine(from_transformers(path, dtype=dtype).to(device))
 
 
-def from_transformers(path: str, *, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A model as its transformers class, and what loading it reports. Raises ModelError if it can't be loaded."""
+@torch.no_grad()
+def from_transformers(path: str, *, dtype: torch.dtype) -> Any:
+    """A model as its transformers class.
+
+    Raises:
+        ModelError: it can't be loaded, tensors are missing or of another shape (all are listed), or a number in one is not finite.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -121,14 +119,23 @@ def from_transformers(path: str, *, dtype: torch.dtype) -> tuple[Any, dict[str, 
     logging.disable_progress_bar()
     name, options = source_of(path)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"The model {path} can't be loaded: {reason}",
             remedy="check that the folder is whole; for a hub name, that it is spelt right and the hub can be reached",
         ) from error
-    return loaded[0], loaded[1]
+    net, report = loaded
+    # transformers only warns of these, and fills them with random numbers; what is there for nothing it leaves aside
+    check_shapes(path, {name: (tuple(own), tuple(place)) for name, own, place in report["mismatched_keys"]})
+    missing = set(report["missing_keys"])
+    if missing:
+        check_names(path, missing, set(report["unexpected_keys"]))
+    check_finite(path, [name for name, parameter in net.named_parameters() if not torch.isfinite(parameter).all()])
+    return net
 
 
 @torch.no_grad()

@@ -47,10 +47,20 @@ def read_config(path: str) -> Any:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"The model {path} can't be loaded: {reason}",
-            remedy="check that the folder is whole; for a hub name, that it is spelt right and the hub can be reached",
-        ) from error
+        raise ModelError(f"The model {path} can't be loaded: {reason}", remedy=_remedy(name)) from error
+
+
+def _remedy(name: str) -> str:
+    """What to do about a config that transformers does not take: a family that nobody here knows is no damaged folder."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig, __version__
+
+    try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except (OSError, ValueError):
+        kind = None
+    if kind is None or kind in CONFIG_MAPPING:
+        return "check that the folder is whole; for a hub name, that it is spelt right and the hub can be reached"
+    return f"use a model of a family that transformers {__version__} knows, best of {', '.join(FAMILIES)}; {kind!r} is none of them"
 
 
 def family_of(config: Any) -> tuple[Family, ModelSpec]:

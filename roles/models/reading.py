@@ -51,34 +51,30 @@ def read_into(path: str, files: Iterable[Path], wanted: Mapping[str, Tensor], *,
 
     Raises:
         ModelError: a file is damaged, tensors are missing, unknown or of another shape (all are listed), or a number in one
-            is not finite.
+            is not finite, or not in the model's dtype.
     """
-    places, faulty = _inventory(path, files), []
+    places, faulty, large = _inventory(path, files), [], []
     there = {name for name in places if name not in set(ignored) and not name.endswith(BUFFERS)}
-    _check_names(path, wanted.keys(), there)
+    check_names(path, wanted.keys(), there)
     shapes = {name: shape for name, (_, shape) in places.items()}
-    odd = [
-        f"{name} is {shapes[name]}, its place {tuple(wanted[name].shape)}" for name in wanted if shapes[name] != tuple(wanted[name].shape)
-    ]
-    if odd:
-        raise ModelError(
-            f"{len(odd)} tensors of {path} have another shape than its config says: {_some(odd)}.",
-            remedy="use the config.json that belongs to these weights",
-        )
+    check_shapes(path, {name: (shapes[name], tuple(place.shape)) for name, place in wanted.items()})
     by_file: dict[Path, list[str]] = {}
     for name in wanted:
         by_file.setdefault(places[name][0], []).append(name)
     for file, names in by_file.items():
         with _opened(path, file) as source:
             for name in names:
-                tensor = source.get_tensor(name)
+                tensor, place = source.get_tensor(name), wanted[name]
                 if not torch.isfinite(tensor).all():
                     faulty.append(name)
-                wanted[name].copy_(tensor)
-    if faulty:
+                elif place.dtype == torch.float16 != tensor.dtype and tensor.abs().max() > torch.finfo(torch.float16).max:
+                    large.append(name)
+                place.copy_(tensor)
+    check_finite(path, faulty)
+    if large:
         raise ModelError(
-            f"{len(faulty)} tensors of {path} hold numbers that are not finite (NaN or infinity): {_some(faulty)}.",
-            remedy="use an earlier checkpoint; training that wrote this one has diverged",
+            f"{len(large)} tensors of {path} hold numbers too large for float16: {_some(large)}.",
+            remedy='load it with dtype="bfloat16" or "float32"',
         )
 
 
@@ -87,18 +83,18 @@ def read_gguf(path: str, wanted: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a GGUF file into their places. transformers dequantises them, all at once: the model is held twice.
 
     Raises:
-        ModelError: the file can't be read, or holds another model than its own description says.
+        ModelError: the file can't be read, holds another model than its own description says, or numbers that are not finite.
     """
     from rolecall.roles.models.huggingface import from_transformers
 
-    net, _ = from_transformers(path, dtype=torch.float32)
-    theirs = dict(net.named_parameters())
-    _check_names(path, wanted.keys(), set(theirs))
+    theirs = dict(from_transformers(path, dtype=torch.float32).named_parameters())
+    check_names(path, wanted.keys(), set(theirs))
+    check_shapes(path, {name: (tuple(theirs[name].shape), tuple(place.shape)) for name, place in wanted.items()})
     for name, tensor in wanted.items():
         tensor.copy_(theirs[name])
 
 
-def _check_names(path: str, wanted: Iterable[str], there: set[str]) -> None:
+def check_names(path: str, wanted: Iterable[str], there: set[str]) -> None:
     """Raise ModelError for names that are missing, each with the nearest of those that are there for nothing, or unknown."""
     missing, unknown = sorted(set(wanted) - there), sorted(there - set(wanted))
     if missing:
@@ -114,6 +110,25 @@ def _check_names(path: str, wanted: Iterable[str], there: set[str]) -> None:
         raise ModelError(
             f"The weights of {path} hold {len(unknown)} tensors that a model of its config does not have: {_some(unknown)}.",
             remedy="use the config.json that belongs to these weights, or load with native=False, where transformers leaves them aside",
+        )
+
+
+def check_shapes(path: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Raise ModelError unless each tensor's own shape, the first, is that of its place, the second; all that differ are told."""
+    odd = [f"{name} is {own}, its place {place}" for name, (own, place) in shapes.items() if own != place]
+    if odd:
+        raise ModelError(
+            f"{len(odd)} tensors of {path} have another shape than its config says: {_some(odd)}.",
+            remedy="use the config.json that belongs to these weights",
+        )
+
+
+def check_finite(path: str, faulty: list[str]) -> None:
+    """Raise ModelError if there are tensors, named here, with numbers that are not finite."""
+    if faulty:
+        raise ModelError(
+            f"{len(faulty)} tensors of {path} hold numbers that are not finite (NaN or infinity): {_some(faulty)}.",
+            remedy="use an earlier checkpoint; training that wrote this one has diverged",
         )
 
 

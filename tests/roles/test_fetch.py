@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,17 @@ from rolecall.roles.models.fetch import fetch, is_intact, main
 from rolecall.roles.models.llama_gguf import convert
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+Spoil = Callable[[str, np.ndarray], object]
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS = 2, 64, 96, 4, 2
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
 
-def tiny_gguf(path: Path, *, architecture: str = "llama", pre: str = "smollm") -> Path:
-    """A random two-layer Llama with a byte-level tokenizer, as a GGUF file in float32."""
+def tiny_gguf(path: Path, *, architecture: str = "llama", pre: str = "smollm", spoil: Spoil = lambda name, values: values) -> Path:
+    """A random two-layer Llama with a byte-level tokenizer, as a GGUF file in float32.
+
+    Args:
+        spoil: takes name and values of each tensor; one of which it returns None is left out.
+    """
     import gguf
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -54,7 +60,9 @@ def tiny_gguf(path: Path, *, architecture: str = "llama", pre: str = "smollm") -
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in parts.items()}
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype(np.float32))
+        values = random.standard_normal(shape).astype(np.float32)
+        if spoil(name, values) is not None:
+            writer.add_tensor(f"{name}.weight", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -182,3 +190,22 @@ def test_a_gguf_file_is_a_model_too(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="can't be loaded"):
         load(str(file))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "huggingface"])
+def test_a_gguf_file_is_looked_at_as_others_are(tmp_path: Path, native: bool) -> None:
+    """Transformers would fill a tensor that is missing with random numbers."""
+    from rolecall.roles.models import load
+
+    def without(name: str, values: np.ndarray) -> object:
+        return None if name == "blk.1.ffn_up" else values
+
+    def torn(name: str, values: np.ndarray) -> object:
+        if name == "output_norm":
+            values[3] = np.nan
+        return values
+
+    with pytest.raises(ModelError, match=r"not whole\. Asked: 1 more tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(str(tiny_gguf(tmp_path / "part.gguf", spoil=without)), native=native)
+    with pytest.raises(ModelError, match=r"1 tensors .*not finite.*: model\.norm\.weight\. Do: use an earlier checkpoint"):
+        load(str(tiny_gguf(tmp_path / "torn.gguf", spoil=torn)), native=native)

@@ -43,13 +43,14 @@ def configure(folder: Path, **values: object) -> str:
     return str(folder)
 
 
-def test_missing_tensors_are_named_with_what_they_may_be_called(folder: Path) -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["native", "huggingface"])
+def test_missing_tensors_are_named_with_what_they_may_be_called(folder: Path, native: bool) -> None:
     def rename(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.up_project.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
         del tensors["lm_head.weight"]
 
     with pytest.raises(ModelError) as caught:
-        load(change(folder, rename))
+        load(change(folder, rename), native=native)
     for words in (
         "2 more tensors: lm_head.weight,",
         "model.layers.1.mlp.up_proj.weight (nearest: model.layers.1.mlp.up_project.weight)",
@@ -73,18 +74,28 @@ def test_unknown_tensors_are_named(folder: Path) -> None:
     load(configure(folder, num_hidden_layers=3))  # a constant that old checkpoints hold
 
 
-def test_misshapen_tensors_are_named(folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"9 tensors .* another shape .*mlp\.down_proj\.weight is \(48, 80\), its place \(48, 81\)"):
-        load(configure(folder, intermediate_size=81))
+@pytest.mark.parametrize("native", [True, False], ids=["native", "huggingface"])
+def test_misshapen_tensors_are_named(folder: Path, native: bool) -> None:
+    words = r"9 tensors .* another shape .*mlp\.down_proj\.weight is \(48, 80\), its place \(48, 81\).*Do: use the config"
+    with pytest.raises(ModelError, match=words):
+        load(configure(folder, intermediate_size=81), native=native)
 
 
-def test_numbers_that_are_not_finite_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["native", "huggingface"])
+def test_numbers_that_are_not_finite_are_refused(folder: Path, native: bool) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] = torch.nan
         tensors["model.layers.2.self_attn.k_proj.bias"][0] = torch.inf
 
     with pytest.raises(ModelError, match=r"2 tensors .*not finite.*k_proj\.bias, model\.norm\.weight.*Do: use an earlier checkpoint"):
-        load(change(folder, spoil))
+        load(change(folder, spoil), native=native)
+
+
+def test_numbers_beyond_float16_are_refused_there_alone(folder: Path) -> None:
+    path = change(folder, lambda tensors: tensors["model.norm.weight"].fill_(7e4))
+    with pytest.raises(ModelError, match=r"1 tensors .*too large for float16: model\.norm\.weight\. Do: load it with dtype=\"bfloat16\""):
+        load(path, dtype="float16")
+    assert load(path, dtype="bfloat16").named_tensors()["model.norm.weight"].max() > 6e4
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
@@ -120,7 +131,7 @@ def test_shards_are_read_and_a_missing_one_is_named(whole: Path, folder: Path) -
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "palimpsest"}, "palimpsest"),
+        ({"model_type": "palimpsest"}, r"palimpsest.*Do: use a model of a family that transformers 5\S* knows, best of llama, "),
         ({"num_key_value_heads": 3}, r"4 query heads are no multiple of 3 key heads"),
         ({"head_dim": 19}, r"heads of 19 numbers can't be rotated"),
         ({"hidden_size": "many"}, "can't be loaded"),
