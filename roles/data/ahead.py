@@ -90,7 +90,10 @@ class Ahead(Generic[T]):
                     break
                 row = 0 if item is not None else row + 1
                 if row > self._patience:
-                    raise DataError(f"The last {row} prompts were all too long.", remedy="raise max_prompt_tokens, or shorten the prompts")
+                    raise DataError(
+                        f"The last {row} prompts were all too long, or refused by the chat template.",
+                        remedy="raise max_prompt_tokens, or look at the prompts: rolecall data show",
+                    )
                 with self._change:
                     if item is None:
                         self.dropped += 1

@@ -16,8 +16,9 @@ from rolecall.roles.base import Member, Role
 from rolecall.roles.data.ahead import Ahead
 from rolecall.roles.data.mixing import Mix
 from rolecall.roles.data.problems import Problem, Split, problems_of, split
+from rolecall.roles.data.report import Report, reason
 from rolecall.roles.data.shares import Shares, earlier_of, together
-from rolecall.roles.data.sources import Found, Source, mapping_of, source_of
+from rolecall.roles.data.sources import Found, Source, listed, mapping_of, source_of
 from rolecall.roles.data.stream import Stream
 
 
@@ -62,6 +63,8 @@ class Data(Role):
         repeats: keep training problems as often as the source gives them, which keeps the proportions of a task generator.
         max_prompt_tokens: longest prompt; 0 means any.
         too_long: what to do with longer ones: "refuse" all the data at the start, or "drop" them and count `data/dropped`.
+        unusable: what to do with a record that holds no prompt, or that the chat template does not take: "refuse" the data, or
+            "drop" it (it is counted, and `report` says why and where).
         deadline: seconds that one call may wait for prompts.
     """
 
@@ -82,11 +85,13 @@ class Data(Role):
         repeats: bool = False,
         max_prompt_tokens: int = 0,
         too_long: Literal["refuse", "drop"] = "refuse",
+        unusable: Literal["refuse", "drop"] = "refuse",
         deadline: float = 120.0,
     ) -> None:
         self.source, self.model, self.held, self.seed = source, model, held_out, seed
         self.ahead, self.suffix, self.system, self.shuffle, self.repeats = ahead, suffix, system, shuffle, repeats
         self.max_prompt_tokens, self.too_long, self.deadline, self.options = max_prompt_tokens, too_long, deadline, dict(options or {})
+        self.unusable = unusable
         self._queue: Ahead[_Made] | None = None
 
     def check(self) -> None:
@@ -102,8 +107,9 @@ class Data(Role):
             if getattr(self, setting) < least:
                 word = "held_out" if setting == "held" else setting
                 raise DataError(f"{word} can't be negative.", ask=f"{word}={getattr(self, setting)}")
-        if self.too_long not in ("refuse", "drop"):
-            raise DataError("There are two ways to treat prompts that are too long.", ask=repr(self.too_long), have="'refuse' and 'drop'")
+        for what, choice in (("are too long", self.too_long), ("can't be used", self.unusable)):
+            if choice not in ("refuse", "drop"):
+                raise DataError(f"There are two ways to treat prompts that {what}.", ask=repr(choice), have="'refuse' and 'drop'")
         if not (math.isfinite(self.deadline) and self.deadline > 0):
             raise DataError("The deadline must be a positive number of seconds.", ask=f"deadline={self.deadline}")
 
@@ -116,16 +122,16 @@ class Data(Role):
         """
         super().setup(member)
         self.check()
-        mix = self._mix()
-        problems = []
+        mix, lost, problems = self._mix(), Report(), []
         for name, source in mix.sources.items():
-            problems += problems_of(source_of(source).records(repeats=self.repeats), name, mapping_of(source))
+            given = listed(source, lost, repeats=self.repeats)
+            problems += problems_of(given, name, mapping_of(source), lost if self.unusable == "drop" else None)
         self._split: Split = split(problems, self.held, repeats=self.repeats)
         parts = {name: _Listed([each for each in self._split.training if each.source == name]) for name in mix.sources}
         mix = msgspec.structs.replace(mix, sources=parts, shuffle=mix.shuffle and self.shuffle)
         self._stream = Stream(mix, member.seed if self.seed is None else self.seed)
         if not self.repeats and self._split.repeated:
-            self._stream.report.add("noted", "left out: a text that came before", number=self._split.repeated)
+            lost.add("noted", "left out: a text that came before", number=self._split.repeated)
         from rolecall.roles.data.encode import Encoder
         from rolecall.roles.tokens import identity, load_tokenizer, require_chat_template
 
@@ -135,8 +141,13 @@ class Data(Role):
         self._tokenizer = identity(tokenizer)
         if self.max_prompt_tokens and self.too_long == "refuse":
             self._refuse_long()
-        held = [_Made(problem, self._tokens(problem)) for problem in self._split.held_out]
-        self._held = [made for made in held if not self._is_long(made)]
+        aside = Report()
+        held = [self._made(problem, aside) for problem in self._split.held_out]
+        self._held = [made for made in held if made is not None]
+        for (outcome, why), number in aside.counts.items():
+            lost.add("noted", f"held out and not used: {why}", place=aside.first[outcome, why], number=number)
+        if member.rank == 0:  # every member lists all records: they are told once
+            self._stream.report.merge(lost)
         self._start(Shares(), member.rank)
         self._reported = len(self._held) - len(held)  # those left out above count at the next report
 
@@ -230,15 +241,27 @@ class Data(Role):
         self._queue = Ahead(self._items(first), patience=len(self._split.training))
 
     def _items(self, first: int) -> Iterator[tuple[int, _Made | None]]:
-        """The prompts of this member's share, or None where one is too long. Runs in the thread."""
+        """The prompts of this member's share, or None where one can't be used. Runs in the thread."""
         for raw in self._stream.at(first, step=self.member.world):
             if self._shares.given(raw.position):
                 continue
-            problem = raw.columns["problem"]
-            made = _Made(problem, self._tokens(problem), raw.epoch)
-            long = self._is_long(made)
-            self._stream.report.add("dropped" if long else "used", "too long" if long else "", place=problem.place if long else "")
-            yield raw.position, None if long else made
+            made = self._made(raw.columns["problem"], self._stream.report, raw.epoch)
+            if made is not None:
+                self._stream.report.add("used")
+            yield raw.position, made
+
+    def _made(self, problem: Problem, report: Report, epoch: int = 0, *, cut: bool = True) -> _Made | None:
+        """A problem with its tokens; None where it is too long or the template refuses it, and is to be dropped: it is counted."""
+        try:
+            made, why = _Made(problem, self._tokens(problem), epoch), "too long"
+        except DataError as error:
+            if self.unusable == "refuse":
+                raise
+            made, why = None, reason(error, problem.place)
+        if made is not None and not (cut and self._is_long(made)):
+            return made
+        report.add("dropped", why, place=problem.place)
+        return None
 
     def _tokens(self, problem: Problem) -> np.ndarray:
         """The prompt's tokens, up to where the assistant begins: [n] int32."""
@@ -251,7 +274,7 @@ class Data(Role):
 
     def _refuse_long(self) -> None:
         problems = [*self._split.training, *self._split.held_out]
-        lengths = [(len(self._tokens(problem)), problem.place) for problem in problems]
+        lengths = [(len(made.tokens), problem.place) for problem in problems if (made := self._made(problem, Report(), cut=False))]
         long = [each for each in lengths if each[0] > self.max_prompt_tokens]
         if long:
             length, place = max(long)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from rolecall.protocols.errors import DataError
 from rolecall.roles.data.records import Kind, Layout, Question, recognise
+from rolecall.roles.data.report import Report, reason
 from rolecall.roles.data.sources import Found
 from rolecall.roles.plain import as_plain
 
@@ -75,16 +76,19 @@ def split(problems: Sequence[Problem], held_out: int, *, repeats: bool) -> Split
     return Split(training, [distinct[name] for name in aside], tuple(names), len(problems) - len(distinct))
 
 
-def problems_of(records: Iterable[Found], source: str = "", mapping: Mapping[str, str] | None = None) -> list[Problem]:
+def problems_of(
+    records: Iterable[Found], source: str = "", mapping: Mapping[str, str] | None = None, dropped: Report | None = None
+) -> list[Problem]:
     """The problems that records hold.
 
     Args:
         records: places and records, as a source lists them.
         source: its name.
         mapping: our name of a column → the source's; others are recognised.
+        dropped: where records without a usable prompt are counted, which are left out. None raises at the first.
 
     Raises:
-        DataError: a record holds no prompt; it says which.
+        DataError: the columns of the first record are not those of prompts; or a record holds no prompt; it says which.
     """
     layout: Layout | None = None
     problems = []
@@ -93,7 +97,13 @@ def problems_of(records: Iterable[Found], source: str = "", mapping: Mapping[str
             layout = layout or recognise(record, mapping, want=_WANTED)
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
-        problems.append(_problem(place, record, layout, source))
+        try:
+            problems.append(_problem(place, record, layout, source))
+        except DataError as error:
+            if dropped is None:
+                raise
+            dropped.add("read")
+            dropped.add("dropped", reason(error, place), place=place)
     return problems
 
 
@@ -103,7 +113,7 @@ def _problem(place: str, record: dict[str, Any], layout: Layout, source: str) ->
         raise DataError(f"{place}: this is no prompt.", have=type(question).__name__)
     messages = ({"role": "user", "content": question.prompt},) if isinstance(question.prompt, str) else question.prompt
     if not any(str(each.get("content") or "").strip() for each in messages):
-        raise DataError(f"{place}: the prompt is empty.", remedy="take the record out, or give it a prompt")
+        raise DataError(f"{place}: the prompt is empty.", remedy="take the record out, or give it a prompt", why="an empty prompt")
     words = "\x00".join(f"{message['role']}\x01{' '.join(message['content'].split())}" for message in messages)
     if question.tools:
         words += "\x00tools\x01" + json.dumps(question.tools, sort_keys=True, default=str)
@@ -111,7 +121,9 @@ def _problem(place: str, record: dict[str, Any], layout: Layout, source: str) ->
         columns = as_plain(question.columns)
     except TypeError as error:
         raise DataError(
-            f"{place}: a column holds what is no plain data: {error}.", remedy="keep to numbers, texts, lists, objects"
+            f"{place}: a column holds what is no plain data: {error}.",
+            remedy="keep to numbers, texts, lists, objects",
+            why="a column that is no plain data",
         ) from error
     text = "\n".join(message["content"] for message in messages if message["role"] == "user")
     identity = hashlib.sha256(words.encode(errors="surrogatepass")).hexdigest()[:24]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rolecall.protocols import DataError, ModelError
 from rolecall.roles.base import Member
-from rolecall.roles.data import Data, ReasoningGym, Records
+from rolecall.roles.data import Data, Files, ReasoningGym, Records
 from tiny import tiny_tokenizer
 
 
@@ -73,6 +73,7 @@ def test_bad_tasks(model: str):
         ({"ahead": -1}, "ahead can't be negative"),
         ({"max_prompt_tokens": -1}, "max_prompt_tokens can't be negative"),
         ({"too_long": "cut"}, "'cut'.*'refuse' and 'drop'"),
+        ({"unusable": "skip"}, "prompts that can't be used.*'skip'.*'refuse' and 'drop'"),
         ({"deadline": 0.0}, "positive number of seconds"),
     ],
 )
@@ -101,3 +102,57 @@ def test_at_least_one_prompt_is_asked_for(model: str):
     with pytest.raises(DataError, match="At least one prompt"):
         role.prompts(0)
     role.close()
+
+
+MESSY = (
+    '{"prompt": "good 1"}',
+    "{broken",
+    '{"prompt": "  "}',
+    '{"prompt": 7}',
+    '{"answer": "no prompt"}',
+    '{"prompt": "good 2"}',
+    '{"prompt": "bad, bad"}',
+    '{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
+    '{"prompt": "good 1"}',
+)
+PICKY = "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('bad word') }}{% endif %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_can_not_be_used_is_counted_with_its_reason_and_place(tmp_path: Path, rank: int):
+    """Every member lists all records; what became of them at that is told by the first alone."""
+    file = tmp_path / "messy.jsonl"
+    file.write_text("\n".join(MESSY))
+    strict = tiny_tokenizer(tmp_path / "strict", template=PICKY)
+    role = Data(Files(str(file), on_error="skip"), model=strict, held_out=0, unusable="drop", ahead=0)
+    role.setup(Member(role="data", rank=rank, world=2))
+    assert set(role.prompts(6).texts) == {"good 1", "good 2"}
+    report = role.report()
+    role.close()
+    assert report["used"] == 6
+    listing = {
+        f"dropped: malformed (first: {file}:2)": 1,
+        f"dropped: an empty prompt (first: {file}:3)": 1,
+        f"dropped: a column of a wrong type (first: {file}:4)": 1,
+        f"dropped: no prompt (first: {file}:5)": 1,
+        f"dropped: a prompt that ends with the assistant (first: {file}:8)": 1,
+        "noted: left out: a text that came before": 1,
+    }
+    assert {word: count for word, count in report.items() if word in listing} == (listing if rank == 0 else {})
+    refused_by_template = report[f"dropped: refused by the chat template (first: {file}:7)"]
+    assert refused_by_template >= 1
+    assert report["read"] >= report["used"] + refused_by_template + (5 if rank == 0 else 0)
+
+
+def test_held_out_prompts_that_the_template_refuses_are_noted(tmp_path: Path):
+    strict = tiny_tokenizer(tmp_path / "strict", template=PICKY)
+    records = [{"prompt": f"{'bad' if number % 2 else 'good'} {number}"} for number in range(40)]
+    role = Data(records, model=strict, held_out=20, unusable="drop", max_prompt_tokens=100)
+    role.setup(Member(role="data"))
+    noted = next(count for word, count in role.report().items() if word.startswith("noted: held out and not used: refused by the chat"))
+    assert 0 < noted < 20
+    assert all(text.startswith("good") for text in role.held_out(20 - noted).texts)
+    with pytest.raises(DataError, match=f"There is: {20 - noted} held out"):
+        role.held_out(20)
+    role.close()
+    refused(records, strict, r"the chat template refuses .*bad word", held_out=20)

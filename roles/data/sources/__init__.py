@@ -2,7 +2,7 @@
 
 from rolecall.roles.data.sources.base import Found, Rows, Source, Streamed, Table
 from rolecall.roles.data.sources.files import Files
-from rolecall.roles.data.sources.given import mapping_of, source_of, table_of
+from rolecall.roles.data.sources.given import listed, mapping_of, source_of, table_of
 from rolecall.roles.data.sources.gym import ReasoningGym
 from rolecall.roles.data.sources.hub import Hub
 from rolecall.roles.data.sources.listed import Memory, Records
@@ -18,6 +18,7 @@ __all__ = [
     "Source",
     "Streamed",
     "Table",
+    "listed",
     "mapping_of",
     "source_of",
     "table_of",
