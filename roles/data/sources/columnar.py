@@ -4,36 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 from rolecall.protocols.errors import DataError
+from rolecall.roles.data.report import Report
 from rolecall.roles.data.sources.base import Found, Table
+from rolecall.roles.data.sources.lines import Trouble
 from rolecall.roles.data.sources.opening import File
 
 _BUFFER = 1 << 20  # bytes of a column that are read at once
+_SKIP = 'or skip such rows: Files(…, on_error="skip")'
+
+
+class Rules(NamedTuple):
+    """What to do with a row that is no record."""
+
+    report: Report  # counts those that are skipped
+    on_error: Trouble = "refuse"
+    longest: int = 1 << 24  # bytes of the longest record
 
 
 class ColumnRows:
     """Neighbouring rows of a table."""
 
-    def __init__(self, file: File, first: int, batch: Any) -> None:
-        self._file, self._first, self._rows = file, first, batch.num_rows
+    def __init__(self, file: File, first: int, batch: Any, rules: Rules) -> None:
+        self._file, self._first, self._batch, self._rules = file, first, batch, rules
         self._columns = list(zip(batch.schema.names, batch.columns, strict=True))
+        self._large = batch.nbytes > rules.longest  # only then can a row be so
 
     def __len__(self) -> int:
-        return int(self._rows)
+        return int(self._batch.num_rows)
 
-    def decode(self, row: int) -> Found:
-        """The record of a row.
+    def decode(self, row: int) -> Found | None:
+        """The record of a row, or None where it was skipped.
 
         Raises:
-            DataError: a text in it is not UTF-8.
+            DataError: a text in it is not UTF-8, or it is too large, and it is not to be skipped.
         """
-        place = f"{self._file.url}: row {self._first + row}"
+        place, longest = f"{self._file.url}: row {self._first + row}", self._rules.longest
         try:
-            return place, {name: column[row].as_py() for name, column in self._columns}
+            record = {name: column[row].as_py() for name, column in self._columns}
         except UnicodeDecodeError as error:
-            raise DataError(f"{place}: a text is not UTF-8: {error}.", remedy="write the file anew") from error
+            self._trouble(DataError(f"{place}: a text is not UTF-8: {error}.", remedy=f"write the file anew, {_SKIP}"), place)
+            return None
+        # A column may count all that its values are chosen from with each of them: then the record itself is measured.
+        large = self._large and self._batch.slice(row, 1).nbytes > longest
+        if large and len(msgspec.json.encode(record, enc_hook=repr)) > longest:
+            remedy = f"raise longest=… of Files, {_SKIP}"
+            self._trouble(DataError(f"{place}: the record is longer than {longest} bytes.", remedy=remedy), place, "too long a record")
+            return None
+        return place, record
+
+    def _trouble(self, error: DataError, place: str, why: str = "malformed") -> None:
+        """Refuse a row, or count it as skipped."""
+        if self._rules.on_error == "refuse":
+            raise error
+        self._rules.report.add("read")
+        self._rules.report.add("dropped", why, place=place)
 
 
 class ParquetTable:
@@ -41,8 +69,8 @@ class ParquetTable:
 
     window = 0
 
-    def __init__(self, files: list[File]) -> None:
-        self.files = files
+    def __init__(self, files: list[File], rules: Rules) -> None:
+        self.files, self._rules = files, rules
         self._footers: list[Any] = []
         self._groups: list[tuple[int, int, int, int, int]] = []  # file, row group, rows before it, rows, bytes
         for number, file in enumerate(files):
@@ -80,7 +108,7 @@ class ParquetTable:
             file, lambda: self._opened(file, self._footers[number]).iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
         )
         for at, batch in islice(enumerate(_even(_guarded_all(file, batches), rows)), skip, None):
-            yield ColumnRows(file, before + at * rows, batch)
+            yield ColumnRows(file, before + at * rows, batch, self._rules)
 
     def close(self) -> None:
         """Files are closed as their readers end."""
@@ -98,8 +126,8 @@ class ArrowTable:
 
     window = 0
 
-    def __init__(self, files: list[File]) -> None:
-        self.files, self.pieces = files, len(files)
+    def __init__(self, files: list[File], rules: Rules) -> None:
+        self.files, self.pieces, self._rules = files, len(files), rules
         self._mapped = {number: _guarded(file, lambda file=file: _mapped(file)) for number, file in enumerate(files) if file.system is None}
 
     def identity(self) -> str:
@@ -127,12 +155,12 @@ class ArrowTable:
         if table is not None:
             rows = self.chunk(piece, rows, size)
             for start in range(skip * rows, table.num_rows, rows):
-                yield ColumnRows(file, start, table.slice(start, rows).combine_chunks().to_batches()[0])
+                yield ColumnRows(file, start, table.slice(start, rows).combine_chunks().to_batches()[0], self._rules)
             return
         first = 0
         for number, batch in enumerate(_small(_guarded_all(file, _guarded(file, lambda: _batches(file))), rows, size)):
             if number >= skip:
-                yield ColumnRows(file, first, batch)
+                yield ColumnRows(file, first, batch, self._rules)
             first += batch.num_rows
 
     def close(self) -> None:
@@ -203,6 +231,6 @@ def _guarded_all(file: File, batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def columnar(files: list[File]) -> Table:
+def columnar(files: list[File], rules: Rules) -> Table:
     """A table of parquet or of arrow files."""
-    return ParquetTable(files) if files[0].format == "parquet" else ArrowTable(files)
+    return ParquetTable(files, rules) if files[0].format == "parquet" else ArrowTable(files, rules)

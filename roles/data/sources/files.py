@@ -10,7 +10,7 @@ from rolecall.protocols.errors import DataError
 from rolecall.roles.data.report import Report
 from rolecall.roles.data.sources.base import Found, Table
 from rolecall.roles.data.sources.cells import CellTable
-from rolecall.roles.data.sources.columnar import columnar
+from rolecall.roles.data.sources.columnar import Rules, columnar
 from rolecall.roles.data.sources.lines import LineTable
 from rolecall.roles.data.sources.opening import COMPRESSIONS, FORMATS, File, find
 from rolecall.roles.data.sources.patience import Patience
@@ -30,9 +30,9 @@ class Files(msgspec.Struct, frozen=True):
     format: str = ""  # "jsonl", "csv", "tsv", "parquet", "arrow"; "" tells it by the ending
     compression: str = ""  # "gzip", "zstd", "bz2", "xz", "none"; "" tells it by the ending
     columns: dict[str, str] = {}  # our name of a column → the files': {"prompt": "question"}; others are recognised
-    on_error: Literal["refuse", "skip"] = "refuse"  # a line that is no record: an error, or skipped and counted
+    on_error: Literal["refuse", "skip"] = "refuse"  # a line or row that is no record: an error, or skipped and counted
     encoding: str = "utf-8"  # of JSON lines and CSV
-    longest: int = 1 << 24  # bytes of the longest line; a longer one is an error like any other
+    longest: int = 1 << 24  # bytes of the longest record; a longer one is an error like any other
     expansion: float = 200.0  # bytes that a compressed byte may become
     options: dict[str, Any] = {}  # of the file system: {"endpoint_url": …}; secrets are better in its environment variables
     patience: Patience = Patience()  # with remote files
@@ -88,7 +88,7 @@ def tabled(files: list[File], settings: Files, report: Report) -> Table:
         packed = next((file for file in files if file.compression), None)
         if packed is not None:
             raise DataError(f"{packed.url} is compressed as a whole.", remedy=f"{formats[0]} files compress their columns: unpack it first")
-        return columnar(files)
+        return columnar(files, Rules(report, settings.on_error, settings.longest))
     kind = LineTable if formats[0] == "jsonl" else CellTable
     return kind(
         files, report, on_error=settings.on_error, longest=settings.longest, expansion=settings.expansion, encoding=settings.encoding
