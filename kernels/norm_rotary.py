@@ -51,7 +51,7 @@ def norm_rotary_plain(
 
 def rms_norm(x: Tensor, gain: Tensor, *, eps: float, offset: float = 0.0, wide: bool = False) -> Tensor:
     """x / rms(x) x (gain + offset), the mean in float32 (float64 for float64), as Zhang and Sennrich 2019 (arXiv:1910.07467)."""
-    high = x.to(torch.promote_types(x.dtype, torch.float32))
+    high = x.to(_wide(x))
     scaled = high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
     if not wide:
         return gain * scaled.to(x.dtype)
@@ -61,12 +61,13 @@ def rms_norm(x: Tensor, gain: Tensor, *, eps: float, offset: float = 0.0, wide: 
 
 @torch.library.custom_op("rolecall::norm_rotary", mutates_args=())
 def norm_rotary_op(x: Tensor, cosines: Tensor, sines: Tensor, gain: Tensor | None, eps: float, offset: float) -> Tensor:
-    """The fused form as one operation; on a CPU its formula in float32, for tests of how it is put together."""
+    """The fused form as one operation; on a CPU its formula in float32 or wider, for tests of how it is put together."""
     if x.is_cuda:
         made: Tensor = _kernels().forward(x.contiguous(), cosines.contiguous(), sines.contiguous(), gain, eps, offset)
         return made
-    wide = None if gain is None else gain.float()
-    return norm_rotary_plain(x.float(), cosines.float(), sines.float(), wide, eps=eps, offset=offset, wide=True).to(x.dtype)
+    dtype = _wide(x)
+    wide = None if gain is None else gain.to(dtype)
+    return norm_rotary_plain(x.to(dtype), cosines.to(dtype), sines.to(dtype), wide, eps=eps, offset=offset, wide=True).to(x.dtype)
 
 
 @torch.library.custom_op("rolecall::norm_rotary_backward", mutates_args=())
@@ -78,12 +79,13 @@ def _backward_op(
         parts = (slope.contiguous(), x.contiguous(), cosines.contiguous(), sines.contiguous())
         made: tuple[Tensor, Tensor] = _kernels().backward(*parts, gain, eps, offset)
         return made
-    first, second = slope.float().chunk(2, dim=-1)
+    high = x.to(_wide(x))
+    first, second = slope.to(high.dtype).chunk(2, dim=-1)
     slope = torch.cat((first * cosines + second * sines, second * cosines - first * sines), dim=-1)
     if gain is None:
         return slope.to(x.dtype), x.new_empty(0)
-    shrink = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
-    unit, weighted = x.float() * shrink, slope * (gain.float() + offset)
+    shrink = torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
+    unit, weighted = high * shrink, slope * (gain.to(high.dtype) + offset)
     to_x = shrink * (weighted - unit * (weighted * unit).mean(-1, keepdim=True))
     return to_x.to(x.dtype), (slope * unit).sum((0, 1, 2)).to(gain.dtype)
 
@@ -110,6 +112,10 @@ def _slopes(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
 
 
 norm_rotary_op.register_autograd(_slopes, setup_context=_keep)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _quick(x: Tensor) -> bool:

@@ -76,7 +76,8 @@ def packed_nll(model: CausalModel, part: PackedBatch) -> Tensor:
 def _states(model: CausalModel, part: PackedBatch) -> Tensor:
     """[L, D] hidden states of all slots of a pass."""
     model.check_length(int(part.positions.max()) + 1)
-    model.check_tokens(int(part.tokens.min()), int(part.tokens.max()))
+    for tokens in (part.tokens, part.targets):  # a GPU that is asked for a row that is not there takes the process down
+        model.check_tokens(int(tokens.min()), int(tokens.max()))
     shape = -1, part.capacity
     # Where segments lie is found out on the host: the device is not asked, so the host can run ahead of it.
     segments, parents, positions = (torch.tensor(values) for values in (part.segments, part.parents, part.positions))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rolecall.kernels.norm_rotary import norm_rotary, norm_rotary_op, norm_rotary_plain, rms_norm
 
 EPS = 1e-6
+EXACT = 1e-12  # float64, the same sums in another order; a share of the largest
 SINGLE = 2e-6  # float32: some units in the last place of sums over a few dozen terms, of numbers around 1
 HALF = 6e-3  # bfloat16 results: half a unit of 8 bits, as a share of the norm
 SHAPES = [(3, 16, True, 0.0), (2, 24, True, 1.0), (4, 8, False, 0.0)]  # heads, size, with a gain, its offset
@@ -49,6 +52,41 @@ def test_the_operation_and_its_gradients_are_the_formula(heads: int, size: int, 
     expected[1] *= 2
     for found, want in zip([out, x.grad, *([] if gain is None else [gain.grad])], expected, strict=True):
         assert share(found, want) < SINGLE
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    slots=st.integers(0, 4),
+    heads=st.integers(1, 3),
+    half=st.integers(1, 4),
+    gained=st.booleans(),
+    offset=st.sampled_from([0.0, 1.0]),
+    scale=st.sampled_from([1e-150, 1e-3, 1.0, 1e6, 1e150]),
+    seed=st.integers(0, 9),
+)
+def test_any_shape_and_size_of_numbers_in_float64(rows, slots, heads, half, gained, offset, scale, seed) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x = (scale * torch.randn(rows, slots, heads, 2 * half, generator=random, dtype=torch.float64)).requires_grad_()
+    angles = torch.randn(rows, slots, 1, half, generator=random, dtype=torch.float64) * 1e4
+    gain = torch.randn(2 * half, generator=random, dtype=torch.float64).requires_grad_() if gained else None
+    slope = torch.randn(x.shape, generator=random, dtype=torch.float64)
+    leaves = (x,) if gain is None else (x, gain)
+    one = norm_rotary_op(x, angles.cos(), angles.sin(), gain, EPS, offset)
+    two = norm_rotary_plain(x, angles.cos(), angles.sin(), gain, eps=EPS, offset=offset, wide=True)
+    for found, want in zip((one, *torch.autograd.grad(one, leaves, slope)), (two, *torch.autograd.grad(two, leaves, slope)), strict=True):
+        assert want.isfinite().all()
+        torch.testing.assert_close(found, want, rtol=0, atol=EXACT * float(want.detach().abs().max() if want.numel() else 0))
+
+
+@pytest.mark.parametrize(("gained", "offset"), [(True, 0.0), (True, 1.0), (False, 0.0)])
+def test_gradients_are_those_of_finite_differences(gained: bool, offset: float) -> None:
+    x, cosines, sines, gain, _ = drawn(2, 6, gained, slots=3, dtype=torch.float64)
+
+    def call(x, gain=None):
+        return norm_rotary_op(x, cosines, sines, gain, EPS, offset)
+
+    assert torch.autograd.gradcheck(call, (x,) if gain is None else (x, gain.detach().requires_grad_()))
 
 
 def test_the_operation_keeps_what_torch_asks_of_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ from rolecall.kernels.attention import Packed
 from rolecall.protocols.errors import ModelError
 from rolecall.roles.models import load
 from rolecall.roles.models.causal import CausalModel
-from rolecall.roles.packed import packed_logprobs
+from rolecall.roles.packed import packed_logprobs, packed_nll
 from rolecall.roles.packing import pack_samples
 from tiny import tiny_samples
 
@@ -95,7 +96,8 @@ def test_unused_slots_get_no_gradient_and_give_none(model: CausalModel) -> None:
 def test_token_ids_out_of_range_are_refused_before_the_model_runs(model: CausalModel) -> None:
     batch = pack_samples(tiny_samples(vocab=VOCAB), np.ones(12), np.ones(12), capacity=64)
     for wrong, words in ((VOCAB, f"to {VOCAB}. There is: 0 to {VOCAB - 1}"), (-1, "token ids -1 to")):
-        tokens = batch.tokens.copy()
-        tokens[5] = wrong
-        with pytest.raises(ModelError, match=words):
-            packed_logprobs(model, msgspec.structs.replace(batch, tokens=tokens))
+        for name, function in product(("tokens", "targets"), (packed_logprobs, packed_nll)):
+            values = getattr(batch, name).copy()
+            values[5] = wrong
+            with pytest.raises(ModelError, match=words):
+                function(model, msgspec.structs.replace(batch, **{name: values}))
