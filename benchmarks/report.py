@@ -21,7 +21,7 @@ Made by `python benchmarks/report.py` from the files in `benchmarks/results`; do
 
 A benchmark first checks that what it times gives the right answer. Then ours and each peer are timed in the same run, in turn, and
 the table shows medians with the quickest and the slowest of all rounds. *× ours* is the peer's figure over ours. A target was set before
-anything was measured and stands here whether it is met or not. A device is named by its usable cores (`cpu2`) or its GPU (`h100`).
+anything was measured and stands here whether it is met or not. A device is named by its usable cores (`cpu2`) or its GPU (`h100`, `h200`).
 `make bench-NAME` runs one; `ARGS="--quick"` makes it small, `ARGS="--out FILE"` writes the result.
 """
 
