@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -112,7 +112,7 @@ def stable_order(keys: Int64, most: int) -> npt.NDArray[np.integer]:
     width = bits + most.bit_length()
     if width > 64:
         return np.argsort(keys, kind="stable")
-    both = keys.astype(np.uint32 if width <= 32 else np.uint64)
+    both: npt.NDArray[Any] = keys.astype(np.uint32 if width <= 32 else np.uint64)
     both <<= bits
     both |= np.arange(len(keys), dtype=both.dtype)
     both.sort()
