@@ -221,9 +221,9 @@ class Run:
         total = prompts * per_prompt
         share = -(-total // policy.world)
         print(
-            f"{prompts} prompts × {per_prompt} completions = {total} samples a step, "
-            f"{policy.world} policy member{'s' * (policy.world > 1)}, "
-            f"about {share} each, {updates} update{'s' * (updates > 1)} a step\nrun folder: {self.folder}",
+            f"{_counted(prompts, 'prompt')} × {_counted(per_prompt, 'completion')} = {_counted(total, 'sample')} a step, "
+            f"{_counted(policy.world, 'policy member')}, about {share} each, {_counted(updates, 'update')} a step\n"
+            f"run folder: {self.folder}",
             flush=True,
         )
 
@@ -266,6 +266,10 @@ def _made(folder: Path, name: str) -> Path:
             f"run folder {folder} can't be made: {error.strerror}.", remedy="give --runs a folder that can be written to"
         ) from None
     return folder
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _added(reports: list[dict[str, int]]) -> dict[str, int]:
