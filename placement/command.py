@@ -45,9 +45,10 @@ def show(asked: Callable[[], Asked], cluster: Path | None = None, address: str |
     console = Console(markup=False)  # names may hold brackets
     try:
         pools, tables = asked()
+        check_pools(pools)  # before a cluster is asked, which may take seconds
         memory = read_memory(tables)
         nodes = read_cluster(cluster) if cluster else _live(address)
-        console.print(plan_tables(fit(check_pools(pools), nodes, memory=memory)))
+        console.print(plan_tables(fit(pools, nodes, memory=memory)))
         console.print("The pools fit.")
         return FITS
     except PlanError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import subprocess
 import sys
@@ -26,14 +27,14 @@ class Watch:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C at a terminal goes to the whole process group
         )
+        pipes = [pipe.fileno() for pipe in (self.process.stdin, self.process.stdout) if pipe is not None]
+        self._told, self._answers = pipes
 
     def look(self) -> None:
         """Have it note the shared memory in use now; to be called before processes are ended in order."""
-        assert self.process.stdin is not None  # noqa: S101
-        assert self.process.stdout is not None  # noqa: S101
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(NOW)
-            select.select([self.process.stdout], [], [], FINISH)
+            os.write(self._told, NOW)
+            select.select([self._answers], [], [], FINISH)
 
     def close(self) -> None:
         """The cluster was stopped in order: let the watcher sweep up what did not end, and wait for it."""
