@@ -16,6 +16,7 @@ import msgspec
 import torch
 from msgspec import Meta
 from rolecall.protocols.errors import ConfigError, ModelError
+from rolecall.roles.models.reading import check_finite
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ def read_heads(
         dtype: of the model; heads are at least float32.
 
     Raises:
-        ModelError: the file can't be read, lacks a tensor, or is for another hidden size.
+        ModelError: the file can't be read, lacks a tensor, holds numbers that are not finite, or is for another hidden size.
     """
     path = Path(folder).expanduser() / HEADS
     if not path.is_file():
@@ -136,6 +137,7 @@ def read_heads(
         raise ModelError(
             f"The heads in {path} can't be read: {' '.join(str(error).split())}", remedy="save them again, or move the file away"
         ) from error
+    check_finite(str(path), sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()))
     wrong = sorted(name for name, size in sizes.items() if size != hidden)
     if wrong:
         raise ModelError(

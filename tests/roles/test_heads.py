@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,6 +117,10 @@ def test_torn_heads_are_refused(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"head 'value' .* is for another model.*size of 64"):
         read_heads(folder, hidden=32)
     tensors = load_file(folder / HEADS)
+    about = {"heads": json.dumps({"value": {**msgspec.to_builtins(VALUE), "hidden": 64}})}
+    save_file(tensors | {"value.layers.0.weight": tensors["value.layers.0.weight"] * torch.inf}, folder / HEADS, metadata=about)
+    with pytest.raises(ModelError, match=r"not finite.*: value\.layers\.0\.weight\. Do: use an earlier checkpoint"):
+        load(str(folder))
     save_file(tensors, folder / HEADS)
     with pytest.raises(ModelError, match="can't be read"):
         load(str(folder))
