@@ -16,6 +16,7 @@ class Args(RunArgs, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face folder or hub name")]
     data: Annotated[str, Meta(description="path or URL of records to train on; worked problems of `task` without it")] = ""
     task: Annotated[ReasoningGym, Meta(description="worked problems")] = ReasoningGym("gsm_symbolic", size=20_000, completion="answer_cot")
+    columns: Annotated[dict[str, str] | None, Meta(description="columns of other names: --columns.completion answer")] = None
     dtype: Annotated[str, Meta(description="of weights and computation")] = "float32"
     lora: Annotated[Lora | None, Meta(description="train adapters in place of the weights: [lora] r = 16")] = None
     pools: tuple[Pool, ...] = together("train", "sample", "judge", "data", members=2)
@@ -37,9 +38,8 @@ def main(args: Args) -> None:
         plan = {"schedule": args.schedule, "warmup": args.warmup, "total_steps": args.steps}
         policy = run.spawn(Policy(args.model, dtype=args.dtype, lora=args.lora, **plan), on=pools["train"])
         rollout = run.spawn(Rollout(args.model, dtype=args.dtype, max_tokens=args.max_tokens), on=pools["sample"])
-        reward = run.spawn(Reward(ends_with), on=pools["judge"])
-        feed = Documents(args.data or args.task, model=args.model, row_tokens=args.row_tokens, held_out=args.one_in)
-        data = run.spawn(feed, on=pools["data"])
+        feed = Documents(args.data or args.task, model=args.model, columns=args.columns, row_tokens=args.row_tokens, held_out=args.one_in)
+        reward, data = run.spawn(Reward(ends_with), on=pools["judge"]), run.spawn(feed, on=pools["data"])
         held_out, questions = data.one(0).held_out(args.held_out), data.one(0).questions(args.held_out)
         run.resume(policy, data)
         rollout.all.load(policy.all.publish())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +38,7 @@ class Documents(Role):
     Args:
         source: a Mix, Files(...), the path or URL of files, a list of records, or any Source.
         model: folder or hub name whose tokenizer and chat template are used.
+        columns: our name of a column → the source's, before what the source itself says: {"completion": "answer"}.
         row_tokens: capacity of a row.
         block: records that are packed together; more fill the rows better, fewer are there sooner.
         held_out: one record in so many is kept for `held_out` and `questions`; 0 keeps none.
@@ -61,6 +62,7 @@ class Documents(Role):
         source: Mix | Source | str | Path | Sequence[dict[str, Any]],
         *,
         model: str,
+        columns: Mapping[str, str] | None = None,
         row_tokens: int = 1024,
         block: int = 1024,
         held_out: int = 0,
@@ -76,6 +78,7 @@ class Documents(Role):
         self.source, self.model, self.row_tokens, self.block, self.held = source, model, row_tokens, block, held_out
         self.seed, self.too_long, self.unusable, self.train, self.plain = seed, too_long, unusable, train, plain
         self.system, self.suffix, self.options = system, suffix, dict(options or {})
+        self.columns = dict(columns or {})
         self._stream: Stream | None = None
 
     def check(self) -> None:
@@ -268,7 +271,9 @@ class Documents(Role):
         if key not in self._layouts:
             source = self.source.sources[raw.source] if isinstance(self.source, Mix) else self.source
             try:
-                self._layouts[key] = recognise(raw.columns, mapping_of(source), ("preference", "conversation", "completion", "text"))
+                self._layouts[key] = recognise(
+                    raw.columns, {**mapping_of(source), **self.columns}, ("preference", "conversation", "completion", "text")
+                )
             except DataError as error:
                 raise DataError(f"{raw.place}: {error}", why="columns of no layout") from error
         return self._layouts[key].read(raw.columns, raw.place)
@@ -285,7 +290,17 @@ class Documents(Role):
     def _meaning(self) -> dict[str, int]:
         """What a block's rows depend on besides the stream."""
         options = sorted(self.options.items())
-        words = (self.row_tokens, self.block, self.too_long, self.unusable, self.train, self.plain, self.system, options)
+        words: tuple[object, ...] = (
+            self.row_tokens,
+            self.block,
+            self.too_long,
+            self.unusable,
+            self.train,
+            self.plain,
+            self.system,
+            options,
+        )
+        words += (sorted(self.columns.items()),) if self.columns else ()  # runs without them go on as they were
         return {"settings": xxhash.xxh3_64_intdigest(repr((*words, self._context, self._tokenizer)).encode()) >> 16}
 
     def _ready(self) -> Stream:

@@ -190,3 +190,29 @@ def test_preferences_are_packed_with_both_sides(tiny: str) -> None:
 def test_settings_that_can_not_work_are_refused(tiny: str, settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         Documents([{"text": "a"}], **{"model": tiny, **settings}).check()
+
+
+def test_columns_of_other_names_are_mapped_for_all_sources_or_by_the_source(tiny: str, tmp_path: Path) -> None:
+    records = [{"topic": f"{n}+{n}?", "solution": f"{2 * n}", "answer": f"{2 * n}"} for n in range(60)]
+    mapping = {"prompt": "topic", "completion": "solution"}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    by_all = ready(tiny, str(tmp_path / "a.jsonl"), columns=mapping, held_out=4)
+    by_source = ready(tiny, Files(str(tmp_path / "a.jsonl"), columns=mapping), held_out=4)
+    assert mail.differences(by_all.batch(0), by_source.batch(0)) == []
+    assert by_all.questions(5).texts == by_source.questions(5).texts
+    with pytest.raises(DataError, match="settings differs"):
+        by_source.restore(by_all.state(1, 0))
+    with pytest.raises(DataError, match=r"no column 'solutoin' \(mapped as 'completion'\).*use 'solution'"):
+        ready(tiny, str(tmp_path / "a.jsonl"), columns={**mapping, "completion": "solutoin"}).batch(0)
+
+
+def test_a_source_that_runs_dry_ends_is_left_or_begins_again(tiny: str) -> None:
+    """The report tells of each record once an epoch, and the end is an empty block."""
+    sources = {"a": conversations(30), "b": conversations(5, seed=1)}
+    for dry, read in (("stop", range(8, 13)), ("leave", range(35, 36)), ("repeat", range(160, 161))):
+        role = ready(tiny, Mix(sources, dry=dry))
+        made = [role.batch(block) for block in range(10)]
+        report = role.report()
+        assert report["read"] == report["used"]
+        assert report["read"] in read
+        assert (len(made[-1].keys) == 0) == (dry != "repeat")
