@@ -76,8 +76,8 @@ def packed_nll(model: CausalModel, part: PackedBatch) -> Tensor:
 def _states(model: CausalModel, part: PackedBatch) -> Tensor:
     """[L, D] hidden states of all slots of a pass."""
     model.check_length(int(part.positions.max()) + 1)
-    for tokens in (part.tokens, part.targets):  # a GPU that is asked for a row that is not there takes the process down
-        model.check_tokens(int(tokens.min(initial=0)), int(tokens.max(initial=0)))
+    for ids in (part.tokens, part.targets):  # a GPU that is asked for a row that is not there takes the process down
+        model.check_tokens(int(ids.min(initial=0)), int(ids.max(initial=0)))
     shape = -1, part.capacity
     # Where segments lie is found out on the host: the device is not asked, so the host can run ahead of it.
     segments, parents, positions = (torch.tensor(values) for values in (part.segments, part.parents, part.positions))
