@@ -188,7 +188,7 @@ def nearly(results: Mapping[str, Result], ours: str) -> tuple[dict[str, float], 
 def options(description: str) -> argparse.ArgumentParser:
     """What the training benchmarks have in common on their command lines."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and rows, on a CPU too: measures nothing")
+    parser.add_argument("--tiny", "--quick", action="store_true", help="a tiny model and rows, on a CPU too: measures nothing")
     parser.add_argument("--look", action="store_true", help="ours alone, and where the time of a step goes")
     parser.add_argument("--only", default="", help="names of contenders, separated by commas; all if empty")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="alternations, at least 5")
