@@ -12,10 +12,11 @@ import cast
 import numpy as np
 import pytest
 import ray
-from rolecall.actors import gather, pack, spawn
+from rolecall.actors import Run, RunArgs, gather, pack, spawn
 from rolecall.actors.pending import TRAFFIC
 from rolecall.placement import Pool, place
 from rolecall.protocols import CallError, DataError, DeadlineExceeded, Frame, MemberLost, RoleFailed, UserError
+from rolecall.roles import Reward
 
 MEMBERS = 3
 MEGABYTE = 1 << 20
@@ -198,6 +199,30 @@ def test_measurements_of_all_members_come_as_means(echo: Any) -> None:
     assert means["echo/tokens"] == 4.0
     assert means["time/echo.generate_s"] > 0
     assert "echo/tokens" not in echo.drain()
+
+
+def test_another_reward_in_the_middle_of_a_run(pool: Any, tmp_path: Path) -> None:
+    def lenient(completion: str) -> float:
+        return 1.0
+
+    def strict(completion: str) -> float:
+        return float(completion.endswith(".0"))
+
+    with Run(RunArgs(name="swap", runs=str(tmp_path))) as run:
+        rollout = run.spawn(cast.Echo(), on=pool, name="swapping")
+        reward = run.spawn(Reward(lenient), on=pool)
+        samples = rollout.split.generate(cast.prompts_of([3, 3, 3]), per_prompt=2)
+        first = run.log(1, scores=reward.split.score(samples).result())
+        reward.close()
+        reward = run.spawn(Reward(strict), on=pool, name="strict")
+        samples = rollout.split.generate(cast.prompts_of([3, 3, 3]), per_prompt=2)
+        second = run.log(2, scores=reward.split.score(samples).result())
+        reward.close()
+        rollout.close()
+    assert (first["reward/mean"], second["strict/mean"]) == (1.0, 0.5)
+    assert "strict/mean" not in first
+    assert second["reward/mean"] == 0.5, "the word for the scores of the step, whoever gave them"
+    assert {path.name for path in (run.folder / "logs").iterdir()} >= {"reward-0.log", "strict-0.log"}
 
 
 def test_mistakes_at_the_call(echo: Any, pool: Any) -> None:
