@@ -6,7 +6,7 @@ from rolecall.roles.models import check_model
 from rolecall.roles.models.lora import Lora
 from rolecall.roles.policy import Policy
 from rolecall.roles.reference import Reference
-from rolecall.roles.rewards import Reward, ends_with, last_number, scores_for
+from rolecall.roles.rewards import Reward, ends_with, last_number, letters_in_place, scores_for
 from rolecall.roles.rollout import Rollout
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "check_model",
     "ends_with",
     "last_number",
+    "letters_in_place",
     "scores_for",
 ]

@@ -40,6 +40,15 @@ def ends_with(prompt: str, completion: str, answer: str | float, **_: Any) -> fl
     return float(bool(truth) and said.endswith(truth) and not (truth[0].isalnum() and before[-1:].isalnum()))
 
 
+def letters_in_place(prompt: str, completion: str, answer: str, **_: Any) -> float:
+    """Share of letters that the completion's last word has right, place by place; 1.0 for the answer alone. For answers of one word.
+
+    What one of the two has too much counts as wrong. A full stop at the end doesn't count.
+    """
+    said = (completion.split() or [""])[-1].rstrip(".")
+    return sum(one == other for one, other in zip(said, answer, strict=False)) / max(len(said), len(answer), 1)
+
+
 # metadata that a task's scorer compares with tuples of tuples: they were such, but columns travel as plain data, which has only
 # lists. These are all: the scorers of reasoning-gym's other tasks don't mind (tests/roles/test_rewards_gym.py)
 _GRIDS = {"arc_agi": ("output",), "rearc": ("output",)}

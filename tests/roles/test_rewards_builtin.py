@@ -8,7 +8,7 @@ import sys
 import pytest
 from rolecall.protocols import RewardError
 from rolecall.roles.base import Member
-from rolecall.roles.rewards import Reward, ends_with, last_number, math_equal, reasoning_gym_score
+from rolecall.roles.rewards import Reward, ends_with, last_number, letters_in_place, math_equal, reasoning_gym_score
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,11 @@ def test_rewards_and_data_are_light_to_import():
     code = f"import sys, rolecall.roles.rewards, rolecall.roles.data; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("completion", "value"),
+    [("y a h, yah", 1), ("yah.", 1), ("yat", 2 / 3), ("yahs", 3 / 4), ("ya", 2 / 3), ("hay", 1 / 3), ("y ah", 0), ("", 0), (" . ", 0)],
+)
+def test_letters_in_place(completion: str, value: float) -> None:
+    assert letters_in_place("", completion, "yah") == pytest.approx(value)
