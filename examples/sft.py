@@ -3,7 +3,7 @@
 1) Only what the assistant says is trained. 2) Every trained token counts the same: the update is that of one big batch.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 from rolecall.actors import Run, RunArgs, launch, weigh
@@ -17,14 +17,14 @@ class Args(RunArgs, frozen=True, kw_only=True):
     data: Annotated[str, Meta(description="path or URL of records to train on; worked problems of `task` without it")] = ""
     task: Annotated[ReasoningGym, Meta(description="worked problems")] = ReasoningGym("gsm_symbolic", size=20_000, completion="answer_cot")
     columns: Annotated[dict[str, str] | None, Meta(description="columns of other names: --columns.completion answer")] = None
-    dtype: Annotated[str, Meta(description="of weights and computation")] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], Meta(description="of weights and computation")] = "float32"
     lora: Annotated[Lora | None, Meta(description="train adapters in place of the weights: [lora] r = 16")] = None
     pools: tuple[Pool, ...] = together("train", "sample", "judge", "data", members=2)
     steps: Annotated[int, Meta(ge=1, description="updates")] = 40
     rows: Annotated[int, Meta(ge=1, description="packed rows a step, over all members")] = 4
     row_tokens: Annotated[int, Meta(ge=2, description="tokens of a row")] = 1024
     learning_rate: Annotated[float, Meta(gt=0, description="of AdamW, at its highest")] = 1e-4
-    schedule: Annotated[str, Meta(description="constant, linear, cosine or wsd")] = "cosine"
+    schedule: Annotated[Literal["constant", "linear", "cosine", "wsd"], Meta(description="of the learning rate")] = "cosine"
     warmup: Annotated[int, Meta(ge=0, description="updates until it is")] = 2
     one_in: Annotated[int, Meta(ge=2, description="one record in so many is held out")] = 50
     held_out: Annotated[int, Meta(ge=1, description="held-out records that are measured")] = 64

@@ -1,6 +1,6 @@
 """SFT on a few words spelled backward, then GRPO on fresh ones, which is paid letter by letter. Whole words are measured."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 from rolecall.actors import Run, RunArgs, launch, pack, weigh
@@ -12,7 +12,7 @@ from rolecall.roles import Data, Documents, Policy, ReasoningGym, Reward, Rollou
 
 class Args(RunArgs, frozen=True, kw_only=True):
     model: Annotated[str, Meta(description="Hugging Face folder or hub name")]
-    dtype: Annotated[str, Meta(description="of weights and computation")] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], Meta(description="of weights and computation")] = "float32"
     pools: tuple[Pool, ...] = together("train", "sample", "judge", "data", members=2)
     worked: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=128, seed=1)
     task: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=4000, seed=2)
