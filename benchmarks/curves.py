@@ -74,8 +74,9 @@ class Curve:
         return statistics.median(found) if found else float("nan")
 
     def samples_per_s(self) -> float:
-        """As the header says; else samples of a step over the mean time of a step."""
-        config, seconds = self.header.get("config", {}), [step["time/step_s"] for step in self.steps if "time/step_s" in step]
+        """As the header says; else samples of a step over the mean time of a step that samples; NaN where none does."""
+        config = self.header.get("config", {})
+        seconds = [step["time/step_s"] for step in self.steps if "time/step_s" in step and "reward/mean" in step]
         each = config.get("prompts", 0) * next((config[name] for name in ("group_size", "samples", "tries") if name in config), 0)
         said = self.header.get("samples_per_s")
         return float(said) if said is not None else each / statistics.fmean(seconds) if seconds and each else float("nan")

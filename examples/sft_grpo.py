@@ -18,7 +18,7 @@ class Args(RunArgs, frozen=True, kw_only=True):
     task: ReasoningGym = ReasoningGym("spell_backward", {"min_word_len": 3, "max_word_len": 4}, size=4000, seed=2)
     held_out: Annotated[int, Meta(ge=1, description="problems of `task` that accuracy is measured on")] = 256
     sft_steps: Annotated[int, Meta(ge=0, description="updates on worked problems")] = 56
-    grpo_steps: Annotated[int, Meta(ge=0, description="updates on completions")] = 80
+    grpo_steps: Annotated[int, Meta(ge=0, description="updates on completions")] = 100
     prompts: Annotated[int, Meta(ge=1, description="problems a step")] = 8
     group_size: Annotated[int, Meta(ge=2, description="completions a problem, compared with each other")] = 8
     sft_rate: Annotated[float, Meta(gt=0, description="learning rate of AdamW on worked problems")] = 1e-4
