@@ -184,11 +184,9 @@ def test_checkpoints_say_where_the_data_was(pools: Any, run: Run, tmp_path: Path
                 again.resume(again.spawn(Blocks(), on=pools["data"], name="other", members=1))
     with pytest.raises(UserError, match="no verb 'save'"):
         run.save(3, run.spawn(Blocks(), on=pools["data"], name="other", members=1))
-    with (
-        Run(RunArgs(name="none", runs=str(tmp_path), resume=str(tmp_path / "run" / "logs"))) as none,
-        pytest.raises(ConfigError, match="no checkpoint"),
-    ):
-        none.resume(train)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        Run(RunArgs(name="none", runs=str(tmp_path), resume=str(tmp_path / "run" / "logs")))
     (Path(saved) / "run.json").write_text("{")
-    with Run(RunArgs(name="bad", runs=str(tmp_path), resume=saved)) as bad, pytest.raises(ConfigError, match="is damaged"):
-        bad.resume(train)
+    with pytest.raises(ConfigError, match="is damaged"):
+        Run(RunArgs(name="bad", runs=str(tmp_path), resume=saved))
+    assert not any((tmp_path / name).exists() for name in ("none", "bad")), "nothing was begun"
