@@ -51,6 +51,8 @@ def norm_rotary_plain(
 
 def rms_norm(x: Tensor, gain: Tensor, *, eps: float, offset: float = 0.0, wide: bool = False) -> Tensor:
     """x / rms(x) x (gain + offset), the mean in float32 (float64 for float64), as Zhang and Sennrich 2019 (arXiv:1910.07467)."""
+    if not offset and _quick(x) and not torch.compiler.is_compiling():  # one kernel for eight: a decoding step is made of little else
+        return torch.nn.functional.rms_norm(x, gain.shape, gain, eps)
     high = x.to(_wide(x))
     scaled = high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
     if not wide:
@@ -106,8 +108,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _slopes(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-    gain = ctx.saved_tensors[3]
-    to_x, to_gain = _backward_op(slope, *ctx.saved_tensors, ctx.eps, ctx.offset)
+    saved = ctx.saved_tensors  # once: activation checkpointing hands each tensor out a single time
+    gain = saved[3]
+    to_x, to_gain = _backward_op(slope, *saved, ctx.eps, ctx.offset)
     return to_x, None, None, None if gain is None else to_gain, None, None
 
 
