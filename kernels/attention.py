@@ -98,12 +98,21 @@ class Dense:
             )
         self.mask, self.positions, self.key_positions = mask, positions, key_positions
         self._dense: dict[int, Tensor] = {}
+        self._added: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def dense(self, window: int = 0) -> Tensor:
         """As `Packed.dense`, [R, 1, C, K]."""
         if window not in self._dense:
             self._dense[window] = _near(self.mask, self.positions, self.key_positions, window)
         return self._dense[window]
+
+    def added(self, window: int, dtype: torch.dtype) -> Tensor:
+        """The same as what is added to logits, 0 or -inf: PyTorch makes that of a bool mask anew in each layer."""
+        key = window, dtype
+        if key not in self._added:
+            mask = self.dense(window)
+            self._added[key] = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        return self._added[key]
 
 
 Where = Packed | Dense
@@ -150,10 +159,10 @@ def attend(
             blocks = where.keep(("blocks", window), lambda: find_blocks(where.found, window))
             if sinks is not None or where.keep(("worth", window), lambda: worth_it(blocks, *where.segments.shape)):
                 return by_job(q_RHCd, k_RGKd, v_RGKd, CpuJob(blocks, scale), sinks)
-    mask = where.dense(window).to(q_RHCd.device)
     if softcap or sinks is not None:
-        return _grouped(q_RHCd, k_RGKd, v_RGKd, mask, scale, softcap, sinks)
-    return _masked(q_RHCd, k_RGKd, v_RGKd, mask, scale)
+        return _grouped(q_RHCd, k_RGKd, v_RGKd, where.dense(window).to(q_RHCd.device), scale, softcap, sinks)
+    mask = where.added(window, q_RHCd.dtype) if isinstance(where, Dense) else where.dense(window)
+    return _masked(q_RHCd, k_RGKd, v_RGKd, mask.to(q_RHCd.device), scale)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # as `attend`

@@ -20,7 +20,7 @@ from rolecall.roles.rollout.sampling import Sampling, choose, uniforms
 from torch import Tensor
 
 ROW_TOKENS = {"cpu": 512, "cuda": 4096}  # prompts prefilled in one row; attention within a row is quadratic in this
-SLOTS = {"cpu": 64, "cuda": 256}  # a step of a GPU takes about as long for 256 sequences as for one
+SLOTS = {"cpu": 64, "cuda": 512}  # a step of a GPU takes hardly longer for hundreds of sequences than for one
 SHARE = 4  # one part in so many of a GPU's free memory is for the cache, where nobody says how many slots
 STOP, LENGTH = Samples.FINISH.index("stop"), Samples.FINISH.index("length")
 
@@ -82,6 +82,7 @@ class Engine:
         self._record = record or (CudaGraphs(self._device) if replayable(model) else None)
         row = ROW_TOKENS[self._device.type]
         self.row_tokens = min(row, model.longest or row)
+        self._done: set[tuple[int, int]] = set()  # shapes of decoding steps, all runs
         self.prefilled = 0  # prompt tokens computed, all runs
         self.steps = 0  # decode forwards, all runs
 
@@ -144,7 +145,7 @@ class _Run:
         )
         self._steps: Steps | None = None
         if engine._record is not None:
-            self._steps = Steps(model, self._cache, slots=self._slots, spare=self._shared, record=engine._record)
+            self._steps = Steps(model, self._cache, slots=self._slots, spare=self._shared, record=engine._record, done=engine._done)
 
     def finish(self) -> None:
         """Run until every completion is made: admit, sample, let go of what ended, compute the next token of the rest."""

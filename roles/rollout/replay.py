@@ -73,14 +73,24 @@ class Steps:
         slots: most sequences of a step.
         spare: a column that is written anew whenever a slot is filled; sequences that nobody asks for write there.
         record: makes of work what does it again on the same tensors; what it returns may be gone at the next step.
+        done: sequences and columns of steps that were done before, in earlier runs too: what kernels need at their first call is there.
     """
 
-    def __init__(self, model: CausalModel, cache: SlotCache, *, slots: int, spare: int, record: Callable[[Work], Work]) -> None:
-        self._model, self._cache, self._spare, self._record = model, cache, spare, record
+    def __init__(
+        self,
+        model: CausalModel,
+        cache: SlotCache,
+        *,
+        slots: int,
+        spare: int,
+        record: Callable[[Work], Work],
+        done: set[tuple[int, int]],
+    ) -> None:
+        self._model, self._cache, self._spare, self._record, self._done = model, cache, spare, record, done
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self._places = torch.full((slots,), spare, dtype=torch.int64, device=model.device)
         self._room = 0  # of the cache, when the records were made
-        self._known: dict[tuple[int, int], Work | None] = {}  # by sequences and columns; None where a step was done but once
+        self._known: dict[tuple[int, int], Work] = {}  # by sequences and columns
 
     def __call__(self, tokens_A: Tensor, places: np.ndarray) -> Tensor:
         """Hidden states [A, D] of the newest tokens, valid until the next call.
@@ -108,10 +118,9 @@ class Steps:
             where = self._cache.step(places, columns)
             return self._model.hidden(self._tokens[:size, None], places[:, None], where, cache=self._cache)[:, 0]
 
-        if (size, columns) not in self._known:
-            self._known[size, columns] = None  # not worth a record yet; and what kernels need at their first call can't be recorded
+        if (size, columns) not in self._done:
+            self._done.add((size, columns))
             return work()
-        known = self._known[size, columns]
-        if known is None:
-            known = self._known[size, columns] = self._record(work)
-        return known()
+        if (size, columns) not in self._known:
+            self._known[size, columns] = self._record(work)
+        return self._known[size, columns]()

@@ -148,7 +148,7 @@ def test_graphs_that_are_let_go_of_leave_a_pool_that_takes_others(monkeypatch):
 EACH = 2 * 2 * 2 * 16 * 4 * 50  # keys and values, layers, heads, size, bytes, tokens
 
 
-@pytest.mark.parametrize(("free", "kept", "slots"), [(40, 0, 10), (30, 10, 10), (0, 0, 1), (9999, 0, 256)])
+@pytest.mark.parametrize(("free", "kept", "slots"), [(40, 0, 10), (30, 10, 10), (0, 0, 1), (9999, 0, 512)])
 def test_as_many_slots_as_free_memory_has_room_for(rollout_model, monkeypatch, free, kept, slots):
     """What PyTorch keeps of the run before counts as free: runs alike have as many slots."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * EACH, 1 << 40))
