@@ -220,11 +220,8 @@ def _whole(record: Record, sides: list[Encoded]) -> Encoded | Pair:
 
 def _notes(messages: Messages, text: str, stops: Sequence[str]) -> Iterator[str]:
     """What became of a conversation that its reader may not expect."""
-    for message in messages:
-        content = message["content"]
-        if any(stop in content for stop in stops):
-            yield "a token that ends turns within a message"
-            break
+    if any(stop in message["content"] for stop in stops for message in messages):
+        yield "a token that ends turns within a message"
     for message in messages:
         if message["role"] == "assistant":
             thought = message.get(THOUGHTS[0]) or message["content"].rpartition("</think>")[0].partition("<think>")[2]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -180,9 +180,47 @@ def _laid_out(
     documents: Sequence[_Document], rows: Sequence[Sequence[int]], capacity: int, block: int, square: float, tokenizer: str
 ) -> PackedBatch:
     """The batch, from which documents lie in which row."""
-    spans: list[_Span] = []
-    table: list[tuple[int, int, int, int]] = []  # of each span: its slot, the slot its first token is predicted from, segment, parent
-    costs = np.zeros(len(rows))
+    spans = [span for chosen in rows for number in chosen for span in documents[number].spans]
+    table, costs, filled = _table(documents, rows, capacity, square)
+    slots, firsts, numbers, parents = table
+    inputs, begins, samples = (np.array([span[at] for span in spans], np.int64) for at in (2, 3, 5))
+    tokens, trained = _joined([span.tokens for span in spans], np.int32), _joined([span.trained for span in spans], np.bool_)
+    lengths = np.array([len(span.tokens) for span in spans], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    trained[[start for start, span in zip(starts.tolist(), spans, strict=True) if not span.follows and len(span.tokens)]] = False
+    targets = np.flatnonzero(trained)
+    which = np.repeat(np.arange(len(spans)), lengths)[targets]
+    within = targets - starts[which]
+    before = np.cumsum(inputs) - inputs
+    flat = (  # of all slots that are filled
+        _joined([span.tokens[: span.inputs] for span in spans], np.int32),
+        np.arange(int(inputs.sum()), dtype=np.int32) + np.repeat((begins - before).astype(np.int32), inputs),
+        np.repeat(numbers.astype(np.int32), inputs),
+    )
+    laid = [_in_rows(values, filled, capacity, empty) for values, empty in zip(flat, (0, 0, -1), strict=True)]
+    return PackedBatch(
+        capacity=capacity,
+        keys=block * ROWS + np.arange(len(rows)),
+        costs=np.rint(costs).astype(np.int64),
+        tokens=laid[0],
+        positions=laid[1],
+        segments=laid[2],
+        parents=parents[numbers >= 0].astype(np.int32),
+        sources=np.where(within > 0, slots[which] + within - 1, firsts[which]),
+        targets=tokens[targets].astype(np.int32, copy=False),
+        weights=np.ones(len(targets), np.float32),
+        samples=samples[which].astype(np.int32),
+        tokenizer=tokenizer,
+    )
+
+
+def _table(
+    documents: Sequence[_Document], rows: Sequence[Sequence[int]], capacity: int, square: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], list[int]]:
+    """Of each span: its slot, the slot its first token is predicted from, its segment, its parent, [4, spans]; of each row: cost and
+    how many slots are filled."""
+    table: list[tuple[int, int, int, int]] = []
+    costs, filled = np.zeros(len(rows)), []
     segment = 0
     for row, chosen in enumerate(rows):
         slot = row * capacity
@@ -195,37 +233,19 @@ def _laid_out(
                 slot += span.inputs
                 segment += span.inputs > 0
                 costs[row] += span.inputs + square * ((span.begin + span.inputs) ** 2 - span.begin**2)
-            spans += documents[number].spans
-    slots, firsts, numbers, parents = np.asarray(table, np.int64).reshape(-1, 4).T
-    lengths, inputs, begins, samples = (
-        np.array(values, np.int64) for values in ([len(span.tokens) for span in spans], *([span[at] for span in spans] for at in (2, 3, 5)))
-    )
-    which = np.repeat(np.arange(len(spans)), lengths)
-    within = np.arange(len(which)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    tokens = np.concatenate([span.tokens for span in spans] or [np.zeros(0, np.int32)])
-    trained = np.concatenate([span.trained for span in spans] or [np.zeros(0, bool)])
-    trained &= (within > 0) | np.array([span.follows for span in spans], bool)[which]
-    used = within < inputs[which]
-    own = slots[which] + within
-    targets = np.flatnonzero(trained)
-    size = len(rows) * capacity
+        filled.append(slot - row * capacity)
+    return np.asarray(table, np.int64).reshape(-1, 4).T, costs, filled
 
-    def placed(values: npt.NDArray[np.integer], empty: int) -> npt.NDArray[np.int32]:
-        flat = np.full(size, empty, np.int32)
-        flat[own[used]] = values[used]
-        return flat
 
-    return PackedBatch(
-        capacity=capacity,
-        keys=block * ROWS + np.arange(len(rows)),
-        costs=np.rint(costs).astype(np.int64),
-        tokens=placed(tokens, 0),
-        positions=placed(begins[which] + within, 0),
-        segments=placed(numbers[which], -1),
-        parents=parents[numbers >= 0].astype(np.int32),
-        sources=np.where(within[targets] > 0, own[targets] - 1, firsts[which[targets]]),
-        targets=tokens[targets].astype(np.int32, copy=False),
-        weights=np.ones(len(targets), np.float32),
-        samples=samples[which[targets]].astype(np.int32),
-        tokenizer=tokenizer,
-    )
+def _joined(parts: list[npt.NDArray[Any]], kind: Any) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, kind)
+
+
+def _in_rows(values: npt.NDArray[np.int32], filled: Sequence[int], capacity: int, empty: int) -> npt.NDArray[np.int32]:
+    """Values laid end to end as the beginnings of rows, each filled so far; `empty` behind them."""
+    laid = np.full(len(filled) * capacity, empty, np.int32)
+    begin = 0
+    for row, size in enumerate(filled):
+        laid[row * capacity : row * capacity + size] = values[begin : begin + size]
+        begin += size
+    return laid

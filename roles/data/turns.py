@@ -53,9 +53,13 @@ class _Recorder:
         message = self._number.get(id(item), NOBODY)
         if message == NOBODY:
             return ""
-        self._leave(loop)
-        self._loops.append((loop, message))
-        return self._mark()
+        if len(self._loops) == 1 and self._loops[0][0] == loop:  # as nearly always
+            self._loops[0] = loop, message
+        else:
+            self._leave(loop)
+            self._loops.append((loop, message))
+        self.states.append((message, self._generated))
+        return MARK
 
     def end(self, loop: int) -> str:
         return self._mark() if self._leave(loop) else ""
@@ -174,12 +178,14 @@ def _quicken(environment: Any) -> None:
     """Spare the sandbox its long look at `loop.first` and the like; its answer is the same."""
     from jinja2.runtime import LoopContext
 
-    thorough = environment.is_safe_attribute
+    thorough = environment.getattr
 
-    def is_safe_attribute(item: Any, name: str, value: Any) -> bool:
-        return not name.startswith("_") if type(item) is LoopContext else bool(thorough(item, name, value))
+    def quick(item: Any, name: str) -> Any:
+        if type(item) is LoopContext and not name.startswith("_") and hasattr(item, name):
+            return getattr(item, name)
+        return thorough(item, name)
 
-    environment.is_safe_attribute = is_safe_attribute
+    environment.getattr = quick
 
 
 def _tile(parts: list[str], states: list[tuple[int, bool]]) -> Rendered:

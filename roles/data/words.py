@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from rolecall.roles.data.parts import PAD, Bytes, Int32, Int64, Parts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-
-SHORT = 12  # characters of a piece that is looked up as a whole
-KEEP = 100  # characters of a part that is remembered; longer ones hardly come again
-LIMIT = 400_000  # parts remembered at most: some 60 MB
-_HIDDEN = "\ufdd1"  # stands for the blanks of a run of white space while a text is cut; Unicode keeps it free for such uses
-_RUN = re.compile(r"\s{2,}")
+LIMIT = 400_000  # parts remembered at most: some 40 MB
+_SPACES = [*"\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"]  # beyond ASCII
+_WIDE = np.array([int.from_bytes(each.encode()) for each in _SPACES], np.uint32)  # three bytes each
+_NARROW = np.array([0xC285, 0xC2A0], np.uint32) << 8  # U+0085 and U+00A0, two bytes each
+_LEADS = np.array([0xC2, 0xE1, 0xE2, 0xE3], np.uint8)  # the first bytes of all these
 _TRICKY = (
     "a b  c   d\n e \n\n f\t g\r\nh \u00a0 i\u3000j \u2003k l1 23 4567 8,9 it's IT'S we'll 'tis a' b x_y --z - - ...! ?\n/path //\n\n/x"
     " (a) [b] {c} <d> <|e|> é e\u0301 a \u0301b 中文 字 かな 😀 👩‍👩‍👧 \x1c\x1d \x85 \u200b Ⅷ ² ½ ﬁ ǅ K end "
@@ -46,24 +43,11 @@ class Found(NamedTuple):
     cuts: list[list[int] | None]  # of each text: how many of its tokens come before each of its cuts; None: it can't be cut there
 
 
-class _Known(dict[str, int]):
-    """Part → its number. A new one gets the next number and waits to be encoded."""
+class _Whole(NamedTuple):
+    """Of a text, in characters."""
 
-    def __init__(self, waiting: list[str], numbers: list[int], lead: str) -> None:
-        self._waiting, self._numbers, self._lead = waiting, numbers, lead
-
-    def __missing__(self, part: str) -> int:
-        number = self.alone(self._lead + part.replace(_HIDDEN, " "))
-        if len(part) <= KEEP:
-            self[part] = number
-        return number
-
-    def alone(self, part: str) -> int:
-        """The number of a part that is not remembered."""
-        number = self._numbers[0]
-        self._numbers[0] += 1
-        self._waiting.append(part)
-        return number
+    begins: list[int]  # where parts begin whatever stands there: at added tokens, behind them, at cuts
+    closed: list[int]  # where added tokens with blanks in them begin and end, in turn
 
 
 class Words:
@@ -72,10 +56,7 @@ class Words:
     def __init__(self, backend: Backend, added: Sequence[str]) -> None:
         self._backend = backend
         self._added, self._marks = _finder(added), frozenset(added)
-        self._tokens: Int32 = np.zeros(1 << 16, np.int32)  # of all parts, end to end
-        self._starts: Int64 = np.zeros(1 << 14, np.int64)
-        self._lengths: Int64 = np.zeros(1 << 14, np.int64)
-        self._forget()
+        self.parts = Parts(self._ids)
         halves = [(before, after) for before in ("a\n\n", ".\n\n\n", " \n\n") for after in ("b", "1", "*", "é", "中")]
         alone = self._ids([half for pair in halves for half in pair])
         whole = self._ids([before + after for before, after in halves])
@@ -112,47 +93,51 @@ class Words:
             texts: any.
             cuts: of each text, in characters, ascending.
         """
-        if self._count[0] > LIMIT:
-            self._forget()
-        units: list[int] = []
-        ends: list[int] = [0]  # units up to the end of each text
-        places: list[list[int] | None] = []
-        for text, own in zip(texts, cuts, strict=True):
-            places.append(self._units(text, own, units))
-            if places[-1] is None:
-                del units[ends[-1] :]
-            ends.append(len(units))
-        self._learn()
-        which = np.array(units, dtype=np.int64)
-        lengths = self._lengths[which]
-        after = np.concatenate([[0], np.cumsum(lengths)])
-        within = np.arange(int(after[-1])) - np.repeat(after[:-1], lengths)
-        tokens = self._tokens[np.repeat(self._starts[which], lengths) + within]
-        starts: Int64 = after[ends]
-        found = [own and (after[own] - start).tolist() for own, start in zip(places, starts[:-1], strict=True)]
+        if len(self.parts) > LIMIT:
+            self.parts.forget()
+        begins: list[int] = []  # of parts, in characters of all texts
+        marks: list[int] = []  # where each text begins and is cut, likewise
+        closed: list[int] = []  # where added tokens with blanks in them begin and end, in turn
+        wholes = [self._whole(text, own) for text, own in zip(texts, cuts, strict=True)]
+        position = 0
+        for text, own, whole in zip(texts, cuts, wholes, strict=True):
+            marks.append(position)
+            if whole is not None:
+                begins += [position + each for each in whole.begins]
+                marks += [position + each for each in own]
+                closed += [position + each for each in whole.closed]
+                position += len(text)
+        data = "".join(text for text, whole in zip(texts, wholes, strict=True) if whole is not None).encode("utf-8", "surrogatepass")
+        place = _places(data, position)
+        bounds = _bounds(data, place(begins), place(closed))
+        tokens, after = self.parts.tokens(data + PAD, bounds)
+        counts = iter(after[np.searchsorted(bounds, place(marks))].tolist())
+        starts = np.zeros(len(texts) + 1, np.int64)
+        starts[-1] = len(tokens)
+        found: list[list[int] | None] = []
+        for number, (own, whole) in enumerate(zip(cuts, wholes, strict=True)):
+            starts[number] = start = next(counts)
+            found.append(None if whole is None else [next(counts) - start for _ in own])
         return Found(tokens, starts, found)
 
-    def _units(self, text: str, cuts: Sequence[int], units: list[int]) -> list[int] | None:
-        """Append the parts of a text to `units`; the number of units before each cut, or None where one may not be made."""
-        places: list[int] = []
+    def _whole(self, text: str, cuts: Sequence[int]) -> _Whole | None:
+        """What is known of a text before its blanks are looked at; None where a cut may not be made."""
+        begins, closed = [0], []
         position = done = 0  # characters before this piece, cuts before it
         for number, piece in enumerate(self._pieces(text)):
-            end, begin = position + len(piece), 0
+            end = position + len(piece)
             while done < len(cuts) and cuts[done] < end:
-                cut = cuts[done] - position
-                if cut > begin:
-                    if number % 2 or not self._may_cut(text, cuts[done]):
+                cut = cuts[done]
+                if cut > position:
+                    if number % 2 or not self._may_cut(text, cut):
                         return None
-                    self._split(piece[begin:cut], units)
-                    begin = cut
-                places.append(len(units))
+                    begins.append(cut)
                 done += 1
-            if number % 2:
-                units.append(self._first[piece])
-            elif piece:
-                self._split(piece[begin:] if begin else piece, units)
+            if number % 2 and " " in piece:
+                closed += [position, end]
+            begins.append(end)
             position = end
-        return places + [len(units)] * (len(cuts) - done)
+        return _Whole(begins, closed)
 
     def _pieces(self, text: str) -> list[str]:
         """What stands between added tokens, with the tokens themselves at odd places."""
@@ -179,48 +164,6 @@ class Words:
             return False
         return self._breaks or not text[place - 2 : place - 1].isspace()
 
-    def _split(self, piece: str, units: list[int]) -> None:
-        if piece.isascii():
-            if len(piece) <= SHORT:
-                units.append(self._first[piece])
-                return
-            if "  " in piece or "\n " in piece or " \n" in piece or "\t" in piece or "\r" in piece or "\v" in piece or "\f" in piece:
-                piece = _RUN.sub(_hide, piece)
-        elif _HIDDEN in piece:
-            units.append(self._first.alone(piece))
-            return
-        else:
-            piece = _RUN.sub(_hide, piece)
-        parts = piece.split(" ")
-        if parts[0]:
-            units.append(self._first[parts[0]])
-        if len(parts) > 1:
-            units.extend(map(self._rest.__getitem__, parts[1:]))
-
-    def _learn(self) -> None:
-        """Let the tokenizer encode the parts that are new."""
-        if not self._waiting:
-            return
-        ids = self._ids(self._waiting)
-        lengths = np.array([len(each) for each in ids], dtype=np.int64)
-        flat = np.fromiter((token for each in ids for token in each), np.int32, int(lengths.sum()))
-        first, last = self._count[0] - len(ids), self._count[0]
-        used = self._used
-        self._tokens = _room(self._tokens, used + len(flat))
-        self._starts, self._lengths = _room(self._starts, last), _room(self._lengths, last)
-        self._tokens[used : used + len(flat)] = flat
-        self._lengths[first:last] = lengths
-        self._starts[first:last] = used + np.cumsum(lengths) - lengths
-        self._used += len(flat)
-        self._waiting.clear()
-
-    def _forget(self) -> None:
-        self._waiting: list[str] = []
-        self._count = [0]
-        self._used = 0
-        self._first = _Known(self._waiting, self._count, "")  # parts at the start of a piece, and added tokens
-        self._rest = _Known(self._waiting, self._count, " ")  # parts after a blank, without it
-
 
 def _can_be_found(added: list[dict[str, Any]], normalises: bool) -> bool:
     """Whether one search finds added tokens as the tokenizer does, which looks for those of normalised text after the others."""
@@ -242,8 +185,43 @@ def _finder(added: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(patterns)})") if patterns else None
 
 
-def _hide(run: re.Match[str]) -> str:
-    return run.group().replace(" ", _HIDDEN)
+def _places(data: bytes, characters: int) -> Callable[[list[int]], Int64]:
+    """From characters of UTF-8 to its bytes."""
+    if len(data) == characters:
+        return lambda places: np.array(places, np.int64)
+    begins = np.append(np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80), len(data))
+    return lambda places: begins[np.array(places, np.int64)]
+
+
+def _wide(letters: Bytes) -> list[int]:
+    """Where white space beyond ASCII begins."""
+    leads = np.flatnonzero(letters[:-2] >= 0xC2)
+    leads = leads[np.isin(letters[leads], _LEADS)]
+    codes = letters[leads].astype(np.uint32) << 16 | letters[leads + 1].astype(np.uint32) << 8
+    found: list[int] = leads[np.isin(codes | letters[leads + 2], _WIDE) | np.isin(codes, _NARROW)].tolist()
+    return found
+
+
+def _bounds(data: bytes, begins: Int64, closed: Int64) -> Int64:
+    """Where parts begin, and the end of all: at these bytes, and at single blanks between others that are no white space.
+
+    Args:
+        data: UTF-8.
+        begins: ascending.
+        closed: where parts begin and end, in turn, in which blanks stand.
+    """
+    letters = np.frombuffer(data, np.uint8)
+    starts = np.zeros(len(data) + 1, np.bool_)
+    if len(data) > 2:
+        full = letters > 32
+        for at in _wide(letters):
+            full[at : at + 3] = False
+        starts[1:-2] = full[:-2] & (letters[1:-1] == 32) & full[2:]
+    for begin, end in closed.reshape(-1, 2).tolist():
+        starts[begin:end] = False
+    starts[begins] = True
+    starts[-1] = True
+    return np.flatnonzero(starts)
 
 
 def _is_byte_level(rules: dict[str, Any]) -> bool:
@@ -260,12 +238,3 @@ def _is_byte_level(rules: dict[str, Any]) -> bool:
         return False
     regular = all(step.get("behavior") == "Isolated" and not step.get("invert") and "Regex" in step.get("pattern", {}) for step in splits)
     return regular and (bool(splits) or bool(steps[-1].get("use_regex")))
-
-
-def _room(values: Any, size: int) -> Any:
-    """The array itself, or a copy with room for twice as many."""
-    if size <= len(values):
-        return values
-    grown = np.zeros(2 * size, values.dtype)
-    grown[: len(values)] = values
-    return grown

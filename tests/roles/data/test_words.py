@@ -9,8 +9,9 @@ import pytest
 from chats import CORPUS, SPECIAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rolecall.roles.data.parts import KEEP
 from rolecall.roles.data.tokenizer import Tokenizer
-from rolecall.roles.data.words import _TRICKY, KEEP, Words
+from rolecall.roles.data.words import _TRICKY, Words
 
 LLAMA = (  # and Qwen's, nearly
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -112,7 +113,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rolecall.roles.data.words.LIMIT", 50)
     for number in range(40):
         assert found.check([" ".join(f"w{number}x{other}" for other in range(20)), "y" * (KEEP + 1)])
-        assert len(found._first) + len(found._rest) <= 100
+        assert len(found.parts) <= 100
 
 
 def test_other_ids_are_noticed_and_the_tokenizer_does_it_all():
@@ -122,7 +123,7 @@ def test_other_ids_are_noticed_and_the_tokenizer_does_it_all():
     assert ours._words is not None
     ours._words._ids(["hello"])
     ours.encode(["hello world"], [[]])
-    ours._words._tokens[:] = 7  # damage
+    ours._words.parts._tokens[:] = 7  # damage
     with pytest.warns(UserWarning, match="Looking words up gives other ids"):
         ((ids, _),) = ours.encode(["hello world"], [[]])
     assert ids.tolist() == backend("gpt2").encode("hello world").ids
