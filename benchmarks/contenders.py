@@ -24,6 +24,9 @@ RATE, CLIP = 1e-6, 1.0
 Form = Callable[[Rows, int], list[dict[str, Any]]]  # rows or documents at a time → batches of transformers
 
 
+flash: Callable[..., Any] = torch.ops.aten._flash_attention_forward
+
+
 class Contender:
     """One whole training step at a time."""
 
@@ -199,8 +202,9 @@ def _adapted(net: Any, folder: str) -> Any:
 
 
 def _register_varlen() -> None:
-    """Make "varlen" an attention of transformers: torch's FlashAttention 2 with the collator's offsets."""
+    """Make "varlen" an attention of transformers: torch's FlashAttention 2 with the collator's offsets, or with the mask of padded rows."""
     from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
     def varlen(
         module: Any,
@@ -220,14 +224,17 @@ def _register_varlen() -> None:
         if attention_mask is not None:  # padded rows: attention on the real tokens alone, as transformers does it in every layer
             chosen, cu_seq_lens_q, max_length_q = _unpadded(attention_mask)
             q, k, v = q[chosen], k[chosen], v[chosen]
+        elif cu_seq_lens_q is None:  # rows of one length each, none padded
+            cu_seq_lens_q, max_length_q = torch.arange(rows + 1, device=q.device, dtype=torch.int32) * slots, slots
         near = {"window_size_left": sliding_window - 1, "window_size_right": 0} if sliding_window else {}
         ends, longest = cu_seq_lens_q, max_length_q
-        out = torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scaling, **near)[0]
+        out = flash(q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scaling, **near)[0]
         if chosen is not None:
             out = out.new_zeros(rows * slots, *out.shape[1:]).index_copy(0, chosen, out)
         return out.view(rows, slots, *out.shape[1:]), None
 
     AttentionInterface.register("varlen", varlen)
+    AttentionMaskInterface.register("varlen", flash_attention_mask)  # without one, transformers hands no mask on
 
 
 def _unpadded(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:

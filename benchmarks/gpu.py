@@ -111,7 +111,11 @@ def sample(call: Callable[[], object], repeats: int, warm: int = 3) -> list[floa
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, warm: int = 2) -> dict[str, Timing]:
-    """Time each contender once a round, in turn, the order turned round each time; `warm` untimed calls of each go first."""
+    """Time each contender once a round, in turn; `warm` untimed calls of each go first.
+
+    Each round begins with another one and every second goes the other way: a GPU at its power limit is slower after some than after
+    others, so nobody may always follow the same.
+    """
     clock = Clock()
     for call in contenders.values():
         for _ in range(warm):
@@ -121,7 +125,9 @@ def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int = ROUN
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
-        for name in names if number % 2 == 0 else reversed(names):
+        first = number % len(names)
+        order = names[first:] + names[:first]
+        for name in order if number % 2 == 0 else reversed(order):
             samples[name].append(clock.seconds(contenders[name]))
     return {name: Timing(tuple(found)) for name, found in samples.items()}
 

@@ -67,8 +67,9 @@ def section(result: dict[str, Any], docs: Path) -> str:
         rows.append(("physical limit", number(result["limit"]), "", number(result["limit"] / result["ours"]), *("" for _ in columns)))
     texts = [f"- {who}: {text}" for name, found in each.items() if name not in figures for who, text in found.items()]
     made = " ".join(f"{package} {version}" for package, version in result.get("versions", {}).items() if version != "missing")
+    which = result["bench"].partition("-")[2]
     parts = [
-        f"### On {result['device']}{', ' + result['date'] if 'date' in result else ''}",
+        f"### {which + ' on' if which else 'On'} {result['device']}{', ' + result['date'] if 'date' in result else ''}",
         f"{result['workload']}.",
         table(("", unit, "quickest – slowest", "× ours", *(name.replace("_", " ") for name in columns)), rows),
         "" if columns else _figures(figures, [own, *result["peers"]]),
@@ -130,8 +131,8 @@ def report(results: Path, docs: Path, scripts: Path) -> Path:
     parts = [HEAD.strip()]
     bench = ""
     for result in read(results):
-        if result["bench"] != bench:
-            bench = result["bench"]
+        if result["bench"].partition("-")[0] != bench:
+            bench = result["bench"].partition("-")[0]
             parts += [f"## {bench}", about(bench, scripts)]
         parts.append(section(result, docs))
     if not bench:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+SAME_ATTENTION = 1e-5  # float32 sums in another order
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -171,3 +173,35 @@ def test_padded_rows_train_the_documents_alone() -> None:
     assert batch.targets.tolist() == [2, 3, 4, 5, 12]
     assert batch.weights.tolist() == pytest.approx([0.2] * 5)
     assert (batch.segments >= 0).all()
+
+
+def by_sequence(q, k, v, ends, _ends, longest, _longest, _dropout, causal, _debug, *, scale, window_size_left=-1, window_size_right=-1):
+    """What torch's FlashAttention 2 computes of sequences end to end, one after the other."""
+    assert causal
+    assert longest == int(ends.diff().max())
+    out = torch.empty_like(q)
+    for start, stop in pairwise(ends.tolist()):
+        one, two, three = (part[start:stop].transpose(0, 1)[None] for part in (q, k, v))
+        far = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+        seen = (far >= 0) & (far <= window_size_left if window_size_left >= 0 else far >= 0)
+        mixed = torch.nn.functional.scaled_dot_product_attention(one, two, three, attn_mask=seen, scale=scale, enable_gqa=True)
+        out[start:stop] = mixed[0].transpose(0, 1)
+    return (out,)
+
+
+@pytest.mark.parametrize("form", ["flattened", "padded"])
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Gemma3-1B"])
+def test_the_peers_attention_sees_what_sdpa_sees(name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import contenders
+    from documents import Rows
+    from models import build, small
+
+    monkeypatch.setattr(contenders, "flash", by_sequence)
+    rows, model = drawn(rows=2, capacity=128), build(name, tmp_path / "model", dtype="float32", **small(name))
+    found = []
+    for attention in ("varlen", "sdpa"):
+        peer = contenders.HuggingFace(
+            attention, "", model, form=getattr(Rows, form), micro=(4,), attention=attention, device="cpu", dtype="float32"
+        )
+        found.append(peer.loss_and_norm(rows))
+    assert found[0] == pytest.approx(found[1], rel=SAME_ATTENTION)
