@@ -213,12 +213,15 @@ def _calls(given: Any, place: str, tools: Tools | None) -> list[dict[str, Any]]:
 
 
 def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    """As vLLM's chat server hands it to the template: these fields in this order, null where there is none, others left out."""
     function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(
             f"{place}: a tool has no name.", have=str(tool)[:80], remedy='write {"name": …, "parameters": …}', why="a tool without a name"
         )
-    return tool if function is not tool else {"type": "function", "function": tool}
+    fields: dict[str, Any] = {"name": None, "description": None, "parameters": None}
+    fields |= {name: value for name, value in function.items() if name in (*fields, "strict")}
+    return {"type": "function", "function": fields}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -106,7 +106,7 @@ def _has_template(folder: Path) -> bool:
 
 def check_tokenizer(folder: Path) -> None:
     """Raise ModelError if a folder holds no tokenizer."""
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not any((folder / name).is_file() for name in TOKENIZERS) and not _needs_no_vocabulary(folder):
         have = ", ".join(sorted(entry.name for entry in folder.iterdir())[:20]) or "an empty folder"
         raise ModelError(
             f"The model folder {folder} has no tokenizer.",
@@ -114,6 +114,19 @@ def check_tokenizer(folder: Path) -> None:
             have=have,
             remedy="copy tokenizer.json and tokenizer_config.json of the same model into it",
         )
+
+
+def _needs_no_vocabulary(folder: Path) -> bool:
+    """Whether the tokenizer works on bytes or characters, as ByT5's: its class reads no file."""
+    try:
+        name = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return False
+    if not isinstance(name, str):
+        return False
+    import transformers
+
+    return not getattr(getattr(transformers, name, None), "vocab_files_names", {"": ""})
 
 
 def _siblings(folder: Path) -> str:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from chats import CORPUS, TEMPLATES, said, tokenizer
+from chats import CORPUS, NAMES, TEMPLATES, said, tokenizer
 from rolecall.protocols import ConfigError, DataError
 from rolecall.roles.data.encode import Encoder
-from rolecall.roles.data.records import Conversation
+from rolecall.roles.data.records import Conversation, recognise
 from rolecall.roles.data.tokenizer import Tokenizer, semantic_ids
+from rolecall.roles.models.folder import TOKENIZERS
 from rolecall.roles.tokens import identity, load_tokenizer
 
 CHATML = (TEMPLATES / "chatml.jinja").read_text()
@@ -25,6 +31,40 @@ TALK = (
     {"role": "user", "content": "Sure?"},
     {"role": "assistant", "content": "Yes."},
 )
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris", "days": [1, 2.5, null, true]}'}}
+ERRAND = {  # as a client sends it: content in parts, content that is null, arguments as JSON
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Weather"}, {"type": "text", "text": "in Paris?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny, 20 °C"},
+        {"role": "assistant", "content": "It is sunny."},
+    ],
+    "tools": [
+        {"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": CITY}},
+        {"function": {"parameters": CITY, "name": "storms", "strict": True}, "type": "function"},
+        {"type": "function", "function": {"description": "The time.", "name": "now"}},
+    ],
+}
+WITH_TOOLS = ("deepseek", "harmony", "qwen3", "tools")
+SERVE = """
+import json, sys
+from vllm.config import ModelConfig, VllmConfig
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+from vllm.renderers import renderer_from_config
+def served(folder, texts, records):
+    config = VllmConfig(model_config=ModelConfig(folder, max_model_len=2048))
+    renderer = renderer_from_config(config)
+    ids = [renderer.get_tokenizer().encode(text, add_special_tokens=special) for special in (False, True) for text in texts]
+    for record in records:
+        request = TokenizeChatRequest(**record)
+        tools = None if request.tools is None else [tool.model_dump() for tool in request.tools]
+        settings = request.build_chat_params(None, "auto").with_defaults({"tools": tools, "tokenize": False})
+        _, (found,) = renderer.render_chat([request.messages], settings, request.build_tok_params(config.model_config))
+        ids.append(found["prompt_token_ids"])
+    return ids
+print("FOUND", json.dumps([served(*each) for each in json.load(open(sys.argv[1]))]))
+"""
 CHANGES = (
     lambda words: setattr(words, "chat_template", "other"),
     lambda words: words.add_tokens(["<new>"]),
@@ -82,6 +122,21 @@ def test_sentencepiece_through_the_fast_backend(tmp_path: Path):
     theirs = pieces.SentencePieceProcessor(model_proto=model)
     for text in TEXTS:
         assert words(text, add_special_tokens=False)["input_ids"] == theirs.encode(text)
+    assert_masked(words)
+
+
+def bytewise(folder: Path) -> None:
+    """A folder with a tokenizer of plain Python, which reads no vocabulary."""
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer(chat_template=CHATML, extra_ids=0, additional_special_tokens=MARKS).save_pretrained(str(folder))
+    assert not any((folder / name).exists() for name in TOKENIZERS)
+
+
+def test_bytes_without_a_vocabulary(tmp_path: Path):
+    bytewise(tmp_path)
+    words = load_tokenizer(str(tmp_path))
+    assert words("hé", add_special_tokens=False)["input_ids"] == [3 + byte for byte in "hé".encode()]
     assert_masked(words)
 
 
@@ -206,15 +261,54 @@ def test_semantic_ids_are_single_tokens_and_quick_to_find():
         semantic_ids([4, 4], "<{code}>")
 
 
+VLLM = {  # a folder of every backend, and of every template
+    **{name: lambda folder, name=name: tokenizer(name).save_pretrained(str(folder)) for name in NAMES},
+    "sentencepiece": lambda folder: sentencepiece(folder, "LlamaTokenizer", "tokenizer.model"),
+    "sentencepiece without a fast backend": lambda folder: sentencepiece(folder, "GPTSw3Tokenizer", "spiece.model"),
+    "tiktoken": tiktoken,
+    "bytes without a vocabulary": bytewise,
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[list[int]]]]:
+    """Of each backend the folder and vLLM's ids of the texts and the records, all from one process: vLLM takes long to import."""
+    from transformers import LlamaConfig
+
+    root, asked = tmp_path_factory.mktemp("vllm"), []
+    for name, make in VLLM.items():
+        folder = root / name.replace(" ", "-")
+        LlamaConfig(hidden_size=32, num_attention_heads=1, num_hidden_layers=1).save_pretrained(str(folder))  # vLLM wants a model's
+        make(folder)
+        asked.append((str(folder), TEXTS, [request for _, request in records(name)]))
+    (root / "asked.json").write_text(json.dumps(asked))
+    command = [sys.executable, "-c", SERVE, str(root / "asked.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))[6:])
+    return {name: (own[0], ids) for name, own, ids in zip(VLLM, asked, found, strict=True)}
+
+
+def records(name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What a template of that name is asked for: conversations and what begins them, as our records and as vLLM's requests."""
+    found = []
+    for each in ({"messages": list(TALK)}, ERRAND)[: 1 + (name in WITH_TOOLS)]:
+        question = {**each, "messages": each["messages"][:1]}
+        found.append((each, {**each, "add_generation_prompt": False}))
+        found.append(({**question, "answer": ""}, {**question, "add_generation_prompt": True}))
+    return found
+
+
 @pytest.mark.slow
-def test_vllm_makes_the_same_ids(tmp_path: Path):
-    """Its tokenizer, and its chat renderer on the same messages."""
-    tokenizers = pytest.importorskip("vllm.tokenizers")
-    for name in ("chatml", "qwen3", "llama3"):
-        folder = str(tmp_path / name)
-        tokenizer(name).save_pretrained(folder)
-        ours, theirs = Tokenizer.load(folder), tokenizers.get_tokenizer(folder)
-        for text in TEXTS:
-            assert ours.encode([text], [[]])[0][0].tolist() == theirs.encode(text, add_special_tokens=False)
-        found = Encoder(ours).encode(Conversation(messages=TALK))
-        assert found.tokens.tolist() == theirs.apply_chat_template(list(TALK), tokenize=True, return_dict=False)
+@pytest.mark.timeout(660)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("name", VLLM)
+def test_vllm_makes_the_same_ids(name: str, served: dict[str, tuple[str, list[list[int]]]]):
+    """Its tokenizer on texts; on records its chat server's way from a request to ids, which reads parts, nulls and JSON as we do."""
+    folder, theirs = served[name]
+    words = Tokenizer.load(folder)
+    ours = [words.encode([text], [[]], special=special)[0][0].tolist() for special in (False, True) for text in TEXTS]
+    for record, request in records(name):
+        layout = recognise(record, want=("question" if request["add_generation_prompt"] else "conversation",))
+        ours.append(Encoder(words).encode(layout.read(record)).tokens.tolist())
+    assert ours == theirs

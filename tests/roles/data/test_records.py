@@ -15,7 +15,8 @@ from rolecall.roles.data.records import Completion, Conversation, Preference, Qu
 
 ENCODER = Encoder(tokenizer("qwen3"))
 ASK, YES, NO = {"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}}
+SUM = {"name": "add", "description": None, "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
+TOOL = {"type": "function", "function": SUM}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,8 @@ def test_what_a_table_fills_in_with_null_is_left_out():
     read = recognise(["messages", "tools"]).read({"messages": messages, "tools": [tool]})
     assert read.messages[0] == {"role": "user", "content": "q"}
     assert read.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}  # it is an argument of that function
-    assert read.tools == ({"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}},)
+    parameters = {"properties": {"a": {"type": "number"}}}
+    assert read.tools == ({"type": "function", "function": {"name": "add", "description": None, "parameters": parameters}},)
 
 
 def test_content_in_parts_is_joined_as_vllm_does():
