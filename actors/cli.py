@@ -59,6 +59,7 @@ def data_show(
     train: Literal["assistant", "last", "each", "all"] = "assistant",
     plain: bool = False,
     system: str | None = None,
+    options: dict[str, str] | None = None,
 ) -> int:
     """Print a few records as the model will see them, with the tokens that are trained in colour, and what becomes of the rest.
 
@@ -71,10 +72,13 @@ def data_show(
         train: what is trained of a conversation: what the assistant says, only its last turn, each turn in a record of its own, or all.
         plain: take prompts and completions that are texts as they are, without the chat template.
         system: said before every conversation that brings no system message.
+        options: further variables of the chat template: --options.enable_thinking false --options.today 2026-01-31.
     """
-    from rolecall.roles.data.show import show
+    from rolecall.roles.data.show import show, values_of
 
-    return show(source, model, count=count, scan=scan, columns=columns, train=train, plain=plain, system=system)
+    return show(
+        source, model, count=count, scan=scan, columns=columns, train=train, plain=plain, system=system, options=values_of(options or {})
+    )
 
 
 @app.command

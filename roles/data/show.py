@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,7 @@ def show(
     train: Literal["assistant", "last", "each", "all"] = "assistant",
     plain: bool = False,
     system: str | None = None,
+    options: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> int:
     """Print records after templating.
@@ -48,6 +50,7 @@ def show(
         train: what is trained of a conversation (roles/data/encode.py).
         plain: take prompts and completions that are texts as they are.
         system: said before every conversation that brings no system message.
+        options: further variables of the chat template.
         console: where to print; the terminal's by default.
 
     Returns:
@@ -61,7 +64,7 @@ def show(
 
     console = console or Console(markup=False, highlight=False)
     tokenizer = Tokenizer.load(model)
-    encoder, report = Encoder(tokenizer, train=train, plain=plain, system=system), Report()
+    encoder, report = Encoder(tokenizer, train=train, plain=plain, system=system, options=options), Report()
     given = ReasoningGym(source.removeprefix(_GYM)) if source.startswith(_GYM) else source_of(source)
     shown = 0
     lengths: list[tuple[int, int]] = []
@@ -74,6 +77,17 @@ def show(
     if lengths and tokenizer.hf.chat_template and not tokenizer.spans().ends:
         console.print("The chat template ends turns of the assistant with no special token: nothing teaches to stop.", style="yellow")
     return 0 if lengths else 1
+
+
+def values_of(options: Mapping[str, str]) -> dict[str, Any]:
+    """What a command line says about variables: numbers, true, false, null, lists and objects as JSON, all else as texts."""
+    found: dict[str, Any] = {}
+    for name, text in options.items():
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
 
 
 def _encoded(

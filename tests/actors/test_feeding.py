@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ class Blocks(Role):
 
     name = "data"
 
-    def __init__(self, seconds: float = 0.0, bad: int = -1) -> None:
-        self.seconds, self.bad = seconds, bad
+    def __init__(self, seconds: float = 0.0, bad: int = -1, square: float = 0.01, halves: bool = False) -> None:
+        self.seconds, self.bad, self.square, self.halves = seconds, bad, square, halves
 
     def batch(self, block: int) -> PackedBatch:
         if block == self.bad:
@@ -39,10 +40,11 @@ class Blocks(Role):
         time.sleep(self.seconds)
         rows = ROWS_OF[block] if block < len(ROWS_OF) else 0
         rng = np.random.default_rng(block)
-        full = [Encoded(rng.integers(0, 99, CAPACITY + 1).astype(np.int32), rng.random(CAPACITY + 1) < 0.5) for _ in range(rows)]
+        sizes = [size for row in range(rows) for size in ([CAPACITY // 2] * 2 if self.halves and row % 2 else [CAPACITY])]
+        full = [Encoded(rng.integers(0, 99, size + 1).astype(np.int32), rng.random(size + 1) < 0.5) for size in sizes]
         for each in full:
             each.trained[-1] = True
-        return pack_block(full, capacity=CAPACITY, block=block, square=0.01)
+        return pack_block(full, capacity=CAPACITY, block=block, square=self.square)
 
     def state(self, block: int = 0, row: int = 0) -> dict[str, int]:
         return {"block": block, "row": row, "rank": self.member.rank}
@@ -130,6 +132,20 @@ def test_rows_are_shared_by_cost_and_weigh_the_same_over_the_whole_batch(pools: 
     assert sum(member[step][2] for member in given for step in range(2)) == trained
     each = {round(member[0][1] / member[0][2], 9) for member in given}
     assert len(each) == 1, "a token counts the same in every member"
+
+
+def test_rows_that_cost_more_are_shared_by_what_they_cost(pools: Any, run: Run) -> None:
+    """Equally many tokens a row, but attention to one long document costs nearly twice what two short ones do."""
+    data, train = run.spawn(Blocks(square=10.0, halves=True), on=pools["data"]), run.spawn(Trainer(), on=pools["train"])
+    ((step, batch),) = run.batches(data, 1, rows=6)
+    costs = dict(zip(batch.outline.keys.tolist(), batch.outline.sizes.tolist(), strict=True))
+    assert max(costs.values()) > 1.9 * min(costs.values())
+    train.split.accumulate(weigh(batch))
+    run.log(step)
+    loads = [sum(costs[key] for key in member[0][0]) for member in train.all.seen().result()]
+    assert sorted(key for member in train.all.seen().result() for key in member[0][0]) == sorted(costs)
+    best = min(max(sum(part), sum(costs.values()) - sum(part)) for count in range(7) for part in combinations(costs.values(), count))
+    assert max(loads) == best
 
 
 def test_batches_of_one_update_share_its_weight(pools: Any, run: Run) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import ray
 import running
@@ -90,6 +91,12 @@ def test_one_run(whole: Path, tiny: str) -> None:
     assert list(looked) == ["before", "step-2", "step-4"]
     assert looked["step-4"]["loss"] < looked["before"]["loss"] - 0.1, "it learns"
     assert looked["before"]["count"] == 6
+    said = [parquet.read_table(whole / "samples" / f"{word}.parquet").to_pylist() for word in looked]
+    asked = {each["messages"][0]["content"] for each in conversations(400)}
+    for made in said:
+        assert len({each["prompt"] for each in made} & asked) == 6, "what was generated for each held-out record is kept"
+        assert {each["value"] for each in made} <= {0.0, 1.0}
+    assert [each["completion"] for each in said[0]] != [each["completion"] for each in said[-1]], "training changed what it says"
     assert {"policy/tokens_per_s", "policy/tflops", "data/wait_share", "policy/learning_rate"} <= steps[1].keys()
     assert [line["policy/learning_rate"] for line in steps] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]), "a warmup, then a cosine"
     assert all(line["policy/loss"] > 0 for line in steps)
@@ -122,9 +129,7 @@ def test_adapters_alone_are_trained_and_saved(runs: Any) -> None:
     run = runs("adapters", *short, train=1, data=1)
     saved = run / "checkpoints" / "step-000002" / "policy"
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in saved.iterdir()}
-    again = runs(
-        "more", "--lora.r", "4", "--steps", "2", "--every", "1", "--resume", str(saved.parents[1] / "step-000001"), train=1, data=2
-    )
+    again = runs("more", *short, "--resume", str(saved.parents[1] / "step-000001"), train=1, data=2)
     one, other = (load_file(folder / "checkpoints" / "step-000002" / "policy" / "adapter_model.safetensors") for folder in (run, again))
     assert far(one, other) == 0.0
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rolecall.kernels.losses import nll
 from rolecall.protocols import DataError
 from rolecall.protocols.messages import Samples, Scores
+from rolecall.roles.base import Member
+from rolecall.roles.data import Data, Documents, Files, Mix
 from rolecall.roles.data.packer import pack_block
 from rolecall.roles.data.preferences import choose, pairs_of, preferences_of
+from rolecall.roles.policy import Policy
+from rolecall.roles.rewards import Reward
+from rolecall.roles.rollout import Rollout
 from tiny import tiny_samples
 
 
@@ -69,6 +77,42 @@ def test_tokens_are_the_sampled_ones_and_the_prompt_is_shared():
     assert len(batch.targets) == sum(
         int(side.trained.sum()) for pair in pairs_of(SAMPLES, choices) for side in (pair.chosen, pair.rejected)
     )
+
+
+def few_vowels(completion: str) -> float:
+    return -float(sum(letter in "aeiou" for letter in completion)) / max(1, len(completion))
+
+
+def test_from_real_rollouts_and_rewards_to_rows_that_a_policy_trains_and_to_a_file_of_records(tiny: str, tmp_path: Path):
+    roles = (
+        Data([{"prompt": f"say {word}"} for word in ("one", "two", "three")], model=tiny, held_out=0),
+        Rollout(tiny, max_tokens=12),
+        Policy(tiny),
+    )
+    for role in roles:
+        role.setup(Member(seed=3))
+    data, rollout, policy = roles
+    samples = rollout.generate(data.prompts(3), per_prompt=6)
+    reward = Reward(few_vowels)
+    scores = reward.score(samples)
+    reward.close()
+    choices = choose(samples, scores, unfinished=True)
+    assert choices, "samples of a prompt differ"
+    pairs = pairs_of(samples, choices)
+    batch = pack_block(pairs, capacity=128)
+    sums = policy.accumulate(batch, nll).sums
+    assert sums["tokens"][0] == sum(int(side.trained.sum()) for pair in pairs for side in (pair.chosen, pair.rejected))
+    assert policy.update(1e-3) == 1
+    kept = preferences_of(samples, choices)
+    lines = [{"prompt": each.prompt, "chosen": each.chosen, "rejected": each.rejected} for each in kept]
+    (tmp_path / "pairs.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
+    again = Documents(Mix({"pairs": Files(str(tmp_path / "pairs.jsonl"))}, epochs={"pairs": 1}), model=tiny, row_tokens=128)
+    again.setup(Member())
+    rows = again.batch(0)
+    assert again.report() == {"read": len(kept), "used": len(kept)}
+    assert rows.samples.max() == 2 * len(kept) - 1, "two sides of each"
+    for role in (data, rollout, policy, again):
+        role.close()
 
 
 def test_records_hold_the_words():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -87,3 +88,19 @@ def test_the_command(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[s
         app(arguments)
     assert end.value.code == 0
     assert "⟦2<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_options_of_the_command_reach_the_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from rolecall.actors.cli import app
+
+    words = copy.deepcopy(tokenizer("chatml"))
+    template = "{% if loud %}LOUD{{ level + 1 }}{{ word }}{% endif %}"
+    words.chat_template = template + words.chat_template
+    words.save_pretrained(str(tmp_path / "model"))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "1+1", "completion": "2"}))
+    arguments = ["data", "show", str(tmp_path / "t.jsonl"), "--model", str(tmp_path / "model")]
+    for more, said in (([], False), (["--options.loud", "true", "--options.level", "1", "--options.word", "x y"], True)):
+        with pytest.raises(SystemExit) as end:
+            app([*arguments, *more])
+        assert end.value.code == 0
+        assert ("LOUD2x y" in capsys.readouterr().out) == said
