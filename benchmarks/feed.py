@@ -4,8 +4,8 @@
 
 Records are conversations of worked word problems (reasoning-gym), several questions and answers each; the tokenizer is that of the
 model folder in `ROLECALL_MODEL`, or the demo model's. First every record's tokens and mask are compared with the peer's. Then both sides go
-over all records with two processes, which stay up between rounds; the peer is given what its documentation recommends: a batched
-`map` with a process a core, then `pack_dataset(…, "bfd")`.
+over all records with two processes, which stay up between rounds and do a little untimed work before each; the peer is given
+what its documentation recommends: a batched `map` with a process a core, then `pack_dataset(…, "bfd")`.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(CORES, mp_context=context, initializer=ready, initargs=(str(path), model, block)) as pool:
             contenders["ours"] = ours(pool, -(-count // block))
+            before = {"ours": ours(pool, 2 * CORES)}
             try:
                 import datasets
                 from trl import pack_dataset
@@ -142,9 +143,11 @@ def main() -> None:
                 missing[PEER] = str(error)
             else:
                 datasets.disable_progress_bars()
-                contenders[PEER] = peer(datasets.Dataset.from_json(str(path), cache_dir=folder), model, pack_dataset)
+                data = datasets.Dataset.from_json(str(path), cache_dir=folder)
+                contenders[PEER] = peer(data, model, pack_dataset)
+                before[PEER] = peer(data.select(range(2 * PROBE)), model, pack_dataset)
             tokens = contenders["ours"]()
-            timings = harness.alternate(contenders, given.rounds)
+            timings = harness.alternate(contenders, given.rounds, before=before)
     rate = tokens / timings["ours"].median
     times = timings[PEER].median / timings["ours"].median if PEER in timings else float("nan")
     harness.finish(

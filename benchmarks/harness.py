@@ -51,19 +51,26 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, clock: Callable[[], float] = time.perf_counter
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Time each contender once a round, in turn, so that all see the same weather; the order turns round each time.
 
     One call of each goes untimed before (imports, caches), and says how often a quick one is to be repeated in a sample.
-    `clock` may be `time.process_time`, for work of one thread on a machine that others use too.
+    `clock` may be `time.process_time`, for work of one thread on a machine that others use too. `before` are called untimed before each
+    sample: where one's turn takes minutes, a system may meanwhile have taken memory from the processes of the other.
     """
+    before = before or {}
     repeats = {name: _repeats(call) for name, call in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
             gc.collect()
+            if name in before:
+                before[name]()
             samples[name].append(_seconds(contenders[name], repeats[name], clock))
     return {name: Timing(tuple(found)) for name, found in samples.items()}
 

@@ -114,8 +114,10 @@ class Documents(Role):
         """
         super().setup(member)
         self.check()
+        from rolecall.roles.memory import keep_freed_memory
         from rolecall.roles.tokens import identity, load_tokenizer
 
+        keep_freed_memory()
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model)
         self._encoder = Encoder(tokenizer, train=self.train, plain=self.plain, system=self.system, suffix=self.suffix, options=self.options)
         self._tokenizer, (self._context, self._square) = identity(tokenizer), _facts(self.model)

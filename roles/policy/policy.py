@@ -125,10 +125,10 @@ class Policy(Role):
         """Meet the other members and load the model."""
         super().setup(member)
         import torch
+        from rolecall.roles.memory import keep_freed_memory
         from rolecall.roles.models import load
         from rolecall.roles.models.freezing import freeze
         from rolecall.roles.policy.distributed import Meeting
-        from rolecall.roles.policy.memory import keep_freed_memory
         from rolecall.roles.policy.training import Training, prepare
         from rolecall.roles.tokens import identity, load_tokenizer
 
