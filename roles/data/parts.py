@@ -43,6 +43,11 @@ class Parts:
         """Parts that were encoded since all was forgotten."""
         return self._count
 
+    @property
+    def held(self) -> int:
+        """Tokens of all those; parts too long to be remembered count too."""
+        return self._used
+
     def forget(self) -> None:
         """Start anew."""
         self._count = self._used = 0

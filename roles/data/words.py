@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 LIMIT = 400_000  # parts remembered at most: some 40 MB
+HELD = 1 << 24  # tokens of parts held at most: 64 MB; in scripts without blanks a part is a whole text
 _SPACES = [*"\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"]  # beyond ASCII
 _WIDE = np.array([int.from_bytes(each.encode()) for each in _SPACES], np.uint32)  # three bytes each
 _NARROW = np.array([0xC285, 0xC2A0], np.uint32) << 8  # U+0085 and U+00A0, two bytes each
@@ -93,7 +94,7 @@ class Words:
             texts: any.
             cuts: of each text, in characters, ascending.
         """
-        if len(self.parts) > LIMIT:
+        if len(self.parts) > LIMIT or self.parts.held > HELD:
             self.parts.forget()
         begins: list[int] = []  # of parts, in characters of all texts
         marks: list[int] = []  # where each text begins and is cut, likewise

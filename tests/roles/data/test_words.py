@@ -116,6 +116,16 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch):
         assert len(found.parts) <= 100
 
 
+def test_texts_without_blanks_are_not_piled_up(monkeypatch: pytest.MonkeyPatch):
+    found = Words.of(backend("llama3"))
+    assert found is not None
+    monkeypatch.setattr("rolecall.roles.data.words.HELD", 1000)
+    for number in range(30):
+        text = f"{number}中文" * 50
+        assert found.encode([text], [[]]).tokens.tolist() == backend("llama3").encode(text).ids
+        assert found.parts.held < 1000 + 50 * 12
+
+
 def test_other_ids_are_noticed_and_the_tokenizer_does_it_all():
     from transformers import PreTrainedTokenizerFast
 
