@@ -38,7 +38,11 @@ def wait_until_gone(folder, child, name):
 
 
 @pytest.mark.timeout(START + 2 * LIMIT)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM],  # tests/actors/test_run_ends.py sends it too
+    ids=lambda number: number.name,
+)
 def test_nothing_is_left_after_a_signal(number):
     process, folder, child, name = start("wait")
     try:
@@ -53,7 +57,7 @@ def test_nothing_is_left_after_a_signal(number):
 
 
 @pytest.mark.timeout(START + 2 * LIMIT)
-@pytest.mark.parametrize(("how", "status"), [("raise", 1), ("return", 0)])
+@pytest.mark.parametrize(("how", "status"), [("raise", 1), pytest.param("return", 0, marks=pytest.mark.slow)])
 def test_nothing_is_left_after_the_block(how, status):
     process, folder, child, name = start(how)
     try:

@@ -56,7 +56,7 @@ def pair(folder: Path, device: str = "cpu", **settings):
     return *roles, recorder
 
 
-@pytest.mark.parametrize("slots", [1, 4, 7, 64])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 4, 7, 64])
 @pytest.mark.parametrize("start", [(), tuple(range(5, 105))], ids=["apart", "shared beginning"])
 def test_the_same_is_generated(tiny, slots, start):
     """The shared beginning is in every slot from the start: nothing may write over it."""
