@@ -2,7 +2,7 @@
 
 What is compared is first checked: every sequence once, no row too full, every rank's share. A peer is called as its documentation says;
 TRL packs and lays in one, so its rate stands beside both of ours together too. The process keeps memory that was freed, as members of
-the data role do: else the system's page faults are half of what laying takes.
+the data role do: else laying is slowed by page faults.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees, for the next pass.
 
     glibc gives every large block back to the system and asks for it anew in the next pass, page fault by page fault: 7 %
-    of a training step on a quiet CPU, a third on one short of memory (SmolLM2-135M, 700 slots), a third of making a block of
-    rows from 256 conversations. The peak stays the same.
+    of a training step on a quiet CPU, a third on one short of memory (SmolLM2-135M, 700 slots). Blocks of packed rows are made of large
+    arrays too. The peak stays the same.
     Where the C library is another one, nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
